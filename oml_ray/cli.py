@@ -1,0 +1,164 @@
+"""The command line: `oml-ray VERB ...`, one function of the floors below for each verb."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from oml_ray import __version__
+from oml_ray.errors import OmlRayError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        with native_messages_kept():
+            parsed.run(parsed)
+    except OmlRayError as error:
+        print(f"oml-ray: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("oml-ray: interrupted; the same command continues the run.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+@contextmanager
+def native_messages_kept() -> Iterator[None]:
+    """Keep from the terminal what native libraries (Ray's core) write to stderr, unless oml_ray itself fails."""
+    original = sys.stderr
+    try:
+        terminal = os.dup(original.fileno())
+    except (OSError, ValueError):  # stderr is no file here, as in a notebook: leave it alone
+        yield
+        return
+    number = original.fileno()
+    with tempfile.TemporaryFile() as kept, os.fdopen(terminal, "w", buffering=1) as sys.stderr:
+        original.flush()
+        os.dup2(kept.fileno(), number)
+        try:
+            yield
+        except (OmlRayError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            kept.seek(0)
+            sys.stderr.write(kept.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(terminal, number)
+            sys.stderr = original
+
+
+def job(verb: str) -> NoReturn:
+    """Run one verb with this process's arguments: the whole of a script in jobs/."""
+    sys.exit(main([verb, *sys.argv[1:]]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="oml-ray", description="Distributed metric learning on Ray.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    for name, text, run in (
+        ("train", "Train, evaluate the best checkpoint and write a report.", _train),
+        ("embed", "Embed a table into a Parquet store.", _embed),
+        ("evaluate", "Embed, search and measure a table, and write a report.", _evaluate),
+    ):
+        added = verb(name, text, run)
+        _add_config(added)
+        added.add_argument("--dry-run", action="store_true", help="check all that can be checked, print the config")
+    _add_config(verb("check", "Check the table of a config.", _check))
+    figures = verb("figures", "Write the generated data set.", _figures)
+    figures.add_argument("directory", metavar="DIR", help="folder to write, as df.csv and images/")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="dotted keys and YAML values that replace those of the config",
+    )
+
+
+# Floors are imported where a verb needs them: `oml-ray --help` should not wait for torch and ray.
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import TrainConfig, load
+
+    config = load(TrainConfig, parsed.config, parsed.overrides)
+    from oml_ray.distributed import trainer
+
+    if parsed.dry_run:
+        trainer.dry_run(config)
+    else:
+        trainer.train(config)
+
+
+def _embed(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import EmbedConfig, load
+
+    config = load(EmbedConfig, parsed.config, parsed.overrides)
+    from oml_ray.distributed import embed
+
+    if parsed.dry_run:
+        embed.dry_run(config)
+    else:
+        embed.embed(config)
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import EvaluateConfig, load
+
+    config = load(EvaluateConfig, parsed.config, parsed.overrides)
+    from oml_ray.distributed import evaluate
+
+    if parsed.dry_run:
+        evaluate.dry_run(config)
+    else:
+        evaluate.evaluate(config)
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import EmbedConfig, TrainConfig, apply_overrides, read_yaml, validate
+
+    tree = apply_overrides(read_yaml(parsed.config), parsed.overrides)
+    schema: type[EmbedConfig | TrainConfig] = EmbedConfig if "source" in tree else TrainConfig
+    config = validate(schema, tree, parsed.config)
+    from oml_ray import build
+    from oml_ray.data.audit import audit
+
+    print(audit(build.table(config.data, config.run.storage)))
+
+
+def _figures(parsed: argparse.Namespace) -> None:
+    from oml_ray.data.figures import write_figures
+
+    print(write_figures(parsed.directory))

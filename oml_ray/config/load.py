@@ -1,0 +1,203 @@
+"""Loading: YAML and `--set` overrides become a checked config, and everything wrong with them one message."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from oml_ray.config.nodes import Node
+from oml_ray.errors import ConfigError
+
+T = TypeVar("T", bound=Node)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2's floats (1e-3) and without silently dropped duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, typing.Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML safely; `name` is how messages call the text.
+
+    Raises:
+        ConfigError: not YAML, or not plain data.
+    """
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a config file as a plain mapping.
+
+    Raises:
+        ConfigError: the file is absent, unreadable, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no config file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of config keys, found {type(tree).__name__}.")
+    return tree
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set dotted keys, e.g. `criterion.margin=0.3`; a mapping given as value replaces the node whole.
+
+    Example:
+        >>> apply_overrides({"a": {"b": 1, "c": 2}}, ["a.b=3"])
+        {'a': {'b': 3, 'c': 2}}
+    """
+    result = _copied(tree)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not all(dotted.split(".")):
+            raise ConfigError(f"--set takes dotted.key=value, found {override!r}.")
+        *parents, last = dotted.split(".")
+        node = result
+        for depth, part in enumerate(parents):
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                if child is not None:
+                    found = ".".join(parents[: depth + 1])
+                    raise ConfigError(f"--set {override}: {found} is the value {child!r}, which has no keys.")
+                child = node[part] = {}
+            node = child
+        node[last] = parse_yaml(text, f"--set {dotted}")
+    return result
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read, override and check a config.
+
+    Raises:
+        ConfigError: lists everything that is wrong, each with its key, what was found and what is allowed.
+    """
+    return validate(schema, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def validate(schema: type[T], tree: Mapping[str, Any], name: str) -> T:
+    """Check a plain mapping against a schema; `name` is how messages call it."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(detail, schema, tree) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{name}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
+
+
+def dump(config: Node) -> str:
+    """Return the resolved config, every default spelled out, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two plain configs differ."""
+    keys: list[str] = []
+    for key in [*one, *(key for key in other if key not in one)]:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any]) -> str:
+    location = _within(detail["loc"], tree)
+    key, found, kind = ".".join(map(str, location)), detail["input"], detail["type"]
+    if kind == "extra_forbidden":
+        legal = _legal_keys(schema, detail["loc"][:-1])
+        near = difflib.get_close_matches(str(location[-1]), legal, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}.{hint} Legal keys here: {', '.join(legal)}."
+    if kind == "missing":
+        return f"{key} is missing; it has no default."
+    if kind == "union_tag_invalid":
+        context = detail.get("ctx", {})
+        return f"{key}.name is {context.get('tag')!r}; allowed: {context.get('expected_tags')}."
+    if kind == "union_tag_not_found":
+        return f"{key} needs a key 'name' that says which kind it is."
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if kind == "value_error" and not key:
+        return message
+    shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:77]}..."
+    return f"{key}: {message}, found {shown}."
+
+
+def _within(location: Sequence[int | str], tree: Any) -> list[int | str]:
+    """Drop from pydantic's location the tags of unions, which are no keys of the config."""
+    kept: list[int | str] = []
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(tree, Mapping):
+            if part not in tree and not is_last:
+                continue
+            # A tag at the very end stands for the node itself.
+            tree = tree.get(part) if part in tree else None
+            kept.append(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+            kept.append(part)
+    return kept
+
+
+def _legal_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Keys of the node at a location, following fields and the tags of unions."""
+    candidates: list[type[BaseModel]] = [schema]
+    for part in location:
+        following = [
+            model
+            for candidate in candidates
+            if part in candidate.model_fields
+            for model in _models_in(candidate.model_fields[str(part)].annotation)
+        ]
+        tagged = [
+            model
+            for model in candidates
+            if part in typing.get_args(getattr(model.model_fields.get("name"), "annotation", None))
+        ]
+        candidates = following or tagged or [model for model in candidates if part in model.model_fields] or candidates
+    return list(dict.fromkeys(key for model in candidates for key in model.model_fields))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []

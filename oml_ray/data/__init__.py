@@ -1,0 +1,1 @@
+"""The data floor: tables of instances, batch plans, image decoding and transforms."""

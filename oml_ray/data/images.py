@@ -1,0 +1,190 @@
+"""Images: from a row of the table to decoded, bounded, transformed pixels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from oml_ray.data.filesystem import read_bytes
+from oml_ray.data.samplers import Ids
+from oml_ray.data.table import Table
+from oml_ray.data.transforms import Pixels, Transform
+from oml_ray.errors import ImageError, StorageError
+
+OnBadImage = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of some positions of a global batch, or of some rows of an evaluation.
+
+    Attributes:
+        ids: int64 (n,), row ids that the pixels come from.
+        images: uint8 (n, 3, size, size).
+        bad: int64 (m,), row ids of the unreadable images met on the way.
+        reasons: m messages, one for each bad row.
+    """
+
+    ids: Ids
+    images: Pixels
+    bad: Ids
+    reasons: Sequence[str]
+
+
+def decode(data: bytes, name: str, box: tuple[int, int, int, int] | None, max_pixels: int) -> Image.Image:
+    """Decode one image to RGB, bounded before decoding and cut to its box.
+
+    Args:
+        data: the file's bytes.
+        name: how messages call the image.
+        box: (left, top, right, bottom) in pixels, or None.
+        max_pixels: largest allowed width * height.
+
+    Raises:
+        ImageError: not an image, damaged, too large, or the box leaves the image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own bound below is stricter than Pillow's warning
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"{name}: {image.width} x {image.height} pixels are more than data.max_pixels "
+                    f"({max_pixels}) allows: shrink the image, or raise data.max_pixels if you trust it."
+                )
+            if box and (box[2] > image.width or box[3] > image.height):
+                raise ImageError(
+                    f"{name}: the box (x_1, y_1, x_2, y_2) = {box} leaves the image, which is {image.width} x "
+                    f"{image.height} pixels: correct the box in the table."
+                )
+            rgb = image.convert("RGB")
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{name}: the header announces more pixels than data.max_pixels ({max_pixels}) allows: remove the image."
+        ) from None
+    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
+        raise ImageError(
+            f"{name}: not a readable image ({type(error).__name__}: {error}): replace the file, remove the row, "
+            "or set data.on_bad_image: skip."
+        ) from None
+    return rgb.crop(box) if box else rgb
+
+
+class ImageReader:
+    """Reads rows of a table as images; cheap to send between processes."""
+
+    def __init__(self, table: Table, *, max_pixels: int) -> None:
+        """Read images of `table` that have at most `max_pixels` pixels."""
+        self.table, self.max_pixels = table, max_pixels
+
+    def read(self, row: int) -> Image.Image:
+        """Return the RGB image of one row, cut to its box.
+
+        Raises:
+            ImageError: the file is absent or cannot be used.
+        """
+        uri = self.table.uri(row)
+        name = f"{self.table.source}, row {row}, image {uri}"
+        boxes = self.table.boxes
+        box = None if boxes is None or boxes[row, 0] < 0 else tuple(int(side) for side in boxes[row])
+        try:
+            data = read_bytes(uri)
+        except StorageError as error:
+            raise ImageError(f"{name}: {error}") from None
+        return decode(data, name, box, self.max_pixels)  # type: ignore[arg-type]
+
+
+class TrainingLoader:
+    """Loads slices of planned batches; an image depends on (seed, epoch, step, position) alone."""
+
+    def __init__(self, reader: ImageReader, transform: Transform, *, seed: int, on_bad_image: OnBadImage) -> None:
+        """Load with `reader`, augment with `transform` under `seed`."""
+        self.reader, self.transform, self.seed, self.on_bad_image = reader, transform, seed, on_bad_image
+
+    def load(self, ids: Ids, *, epoch: int, step: int, first_position: int) -> Batch:
+        """Load one slice of a global batch.
+
+        Args:
+            ids: int64 (n,), planned rows at positions first_position, first_position + 1, ...
+            epoch: epoch of the plan.
+            step: step inside the epoch.
+            first_position: position of ids[0] in the global batch.
+
+        Raises:
+            ImageError: an image is bad and `on_bad_image` is "error", or a label has no readable image left.
+        """
+        used = np.array(ids, dtype=np.int64)
+        images = np.empty((len(ids), 3, self.transform.size, self.transform.size), dtype=np.uint8)
+        bad: dict[int, str] = {}
+        for index, row in enumerate(ids.tolist()):
+            generator = np.random.Generator(np.random.Philox(key=self._key(epoch, step, first_position + index)))
+            try:
+                image = self.reader.read(row)
+            except ImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad[row] = str(error)
+                used[index], image = self._substitute(row, generator, bad)
+            images[index] = self.transform(image, generator)
+        return Batch(used, images, np.array(list(bad), dtype=np.int64), list(bad.values()))
+
+    def _key(self, epoch: int, step: int, position: int) -> NDArray[np.uint64]:
+        # Philox takes a 128-bit key: 64 bits of seed and position, 64 bits of epoch and step.
+        low = (self.seed % 2**32) << 32 | position % 2**32
+        high = (epoch % 2**32) << 32 | step % 2**32
+        return np.array([low, high], dtype=np.uint64)
+
+    def _substitute(self, row: int, generator: np.random.Generator, bad: dict[int, str]) -> tuple[int, Image.Image]:
+        """Another instance of the same label, drawn from the position's own generator."""
+        table = self.reader.table
+        label = table.labels[row]
+        others = np.flatnonzero((table.labels == label) & table.is_train)
+        for other in generator.permutation(others[others != row]).tolist():
+            try:
+                return other, self.reader.read(other)
+            except ImageError as error:
+                bad[other] = str(error)
+        raise ImageError(
+            f"{table.source}: label {label} has no readable train image (first: {bad[row]}): "
+            "replace the files or remove the label."
+        )
+
+
+class EvaluationLoader:
+    """Loads rows in order with nothing random; bad images are left out and listed."""
+
+    def __init__(self, reader: ImageReader, transform: Transform, *, on_bad_image: OnBadImage) -> None:
+        """Load with `reader` and `transform`."""
+        self.reader, self.transform, self.on_bad_image = reader, transform, on_bad_image
+
+    def load(self, ids: Ids) -> Batch:
+        """Load the rows `ids` int64 (n,); the batch holds only the readable ones.
+
+        Raises:
+            ImageError: an image is bad and `on_bad_image` is "error".
+        """
+        generator = np.random.Generator(np.random.Philox(key=0))
+        images = np.empty((len(ids), 3, self.transform.size, self.transform.size), dtype=np.uint8)
+        kept: list[int] = []
+        bad: dict[int, str] = {}
+        for row in ids.tolist():
+            try:
+                images[len(kept)] = self.transform(self.reader.read(row), generator)
+            except ImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad[row] = str(error)
+            else:
+                kept.append(row)
+        return Batch(
+            np.array(kept, dtype=np.int64), images[: len(kept)], np.array(list(bad), dtype=np.int64), list(bad.values())
+        )

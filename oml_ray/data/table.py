@@ -1,0 +1,253 @@
+"""The table of instances: read once, checked whole, and kept as a few arrays that travel between processes.
+
+Columns are OML's: `label, path, split, is_query, is_gallery` and, optionally, `category`, `sequence` and the box
+`x_1, y_1, x_2, y_2`; others are ignored. A row's id is its 0-based position.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import csv, parquet
+
+from oml_ray.data import columns as col
+from oml_ray.data import table_checks as checks
+from oml_ray.data.columns import Ids, Mask
+from oml_ray.data.filesystem import is_uri, join, list_files, parent, resolve
+from oml_ray.errors import TableError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """All instances, as arrays of N rows that cannot be changed; `read_table` makes it.
+
+    Args:
+        source: where it was read, an absolute path or a URI.
+        root: what relative image paths are relative to, an absolute path or a URI.
+        warnings: what is allowed but seldom meant.
+        names: the known columns that the file has.
+        labels: (N,) int64.
+        paths: (N,) texts, as written in the file.
+        is_train: (N,) False for validation.
+        is_query: (N,) False on train.
+        is_gallery: (N,) False on train.
+        categories: (N,) int32 positions in `category_names`, -1 for none.
+        category_names: in order of first appearance.
+        sequences: (N,) int64 codes, -1 for none.
+        boxes: (N, 4) int32 as left, top, right, bottom in pixels, all -1 for none; None when the file has no boxes.
+    """
+
+    source: str
+    root: str
+    warnings: list[str]
+    names: list[str]
+    labels: Ids
+    paths: pa.LargeStringArray
+    is_train: Mask
+    is_query: Mask
+    is_gallery: Mask
+    categories: NDArray[np.int32]
+    category_names: list[str]
+    sequences: Ids
+    boxes: NDArray[np.int32] | None
+
+    def __post_init__(self) -> None:
+        for array in self._arrays():
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Table({self.source!r}, {len(self):,} instances)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the fields alone: nothing derived travels, and the arrays are frozen again where they arrive
+        return Table, tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def train_ids(self) -> Ids:
+        """Row ids of the train split, ascending int64."""
+        return _ids(self.is_train)
+
+    @cached_property
+    def validation_ids(self) -> Ids:
+        """Row ids of the validation split, ascending int64."""
+        return _ids(~self.is_train)
+
+    @cached_property
+    def query_ids(self) -> Ids:
+        """Row ids of the queries, ascending int64."""
+        return _ids(self.is_query)
+
+    @cached_property
+    def gallery_ids(self) -> Ids:
+        """Row ids of the gallery, ascending int64."""
+        return _ids(self.is_gallery)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the content: equal for equal rows, wherever and in whatever format they lie."""
+        digest = hashlib.sha256(repr((self.names, self.category_names, len(self))).encode())
+        start, buffers = self.paths.offset, self.paths.buffers()
+        offsets = np.frombuffer(buffers[1], dtype=np.int64)[start : start + len(self) + 1]
+        texts = np.frombuffer(buffers[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+        for array in (*self._arrays(), np.diff(offsets), texts):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def uri(self, row_id: int) -> str:
+        """Give the full local path or URI of an instance's image."""
+        path: str = self.paths[row_id].as_py()
+        return path if is_uri(path) else join(self.root, path)
+
+    def _arrays(self) -> list[NDArray[Any]]:
+        arrays = [self.labels, self.is_train, self.is_query, self.is_gallery, self.categories, self.sequences]
+        return arrays if self.boxes is None else [*arrays, self.boxes]
+
+
+def read_table(source: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Table:
+    """Read a table and check all of it; everything that is wrong is reported at once.
+
+    Args:
+        source: a local path or URI, `.csv` or `.parquet`.
+        root: what relative image paths are relative to, a local path or URI; None for the directory of `source`.
+
+    Returns:
+        The table, with its warnings.
+
+    Raises:
+        TableError: the file is absent or unreadable, or rows break the format.
+        StorageError: the place cannot be reached.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "df.csv"
+        >>> _ = file.write_text("label,path,split,is_query,is_gallery\\n3,a.png,train,,\\n")
+        >>> read_table(file).labels
+        array([3])
+    """
+    source = _absolute(source)
+    root = parent(source) if root is None else _absolute(root)
+    texts, num_rows = _load(source)
+    rows = checks.Checks(texts, num_rows)
+    rows.columns()
+    labels, is_label = rows.labels()
+    paths = rows.paths(root)
+    is_train, is_validation = rows.splits()
+    is_query, is_gallery = rows.flags(is_train, is_validation, labels, is_label)
+    boxes = rows.boxes()
+    if rows.problems:
+        listed = "".join(f"\n  - {problem}" for problem in rows.problems)
+        raise TableError(f"table {source} cannot be used ({num_rows:,} rows, counted from 0):{listed}")
+    categories, category_names = col.parse_codes(rows.text("category"))
+    sequences, _ = col.parse_codes(rows.text("sequence"))
+    return Table(
+        source=source,
+        root=root,
+        warnings=checks.find_warnings(labels, is_train, paths, boxes, categories),
+        names=[name for name in checks.COLUMNS if name in texts],
+        labels=labels,
+        paths=paths,
+        is_train=is_train,
+        is_query=is_query,
+        is_gallery=is_gallery,
+        categories=categories.astype(np.int32),
+        category_names=category_names,
+        sequences=sequences,
+        boxes=boxes,
+    )
+
+
+def check_files_exist(table: Table, ids: Ids | None = None) -> None:
+    """Check that the images are there, with one listing per directory instead of one look per image.
+
+    Args:
+        table: the instances.
+        ids: (n,) int64 row ids to look at; None for all.
+
+    Raises:
+        TableError: images are missing.
+        StorageError: a directory cannot be listed.
+    """
+    ids = np.arange(len(table)) if ids is None else np.asarray(ids, dtype=np.int64)
+    paths = table.paths.take(pa.array(ids))
+    directories, names = col.split_paths(paths)
+    codes, places = col.parse_codes(directories)
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(len(places)), side="right")
+    missing = np.zeros(len(ids), dtype=np.bool_)
+    for place, rows in zip(places, np.split(order, ends[:-1]), strict=True):
+        found = list_files(place if is_uri(place) else join(table.root, place))
+        if is_uri(place):
+            found += [quote(name) for name in found]
+        known = pc.is_in(names.take(pa.array(rows)), value_set=pa.array(found, pa.large_string()))
+        missing[rows] = ~col.as_mask(known)
+    if missing.any():
+        first = ", ".join(f"{ids[row]} ({paths[row].as_py()!r})" for row in np.flatnonzero(missing)[:5].tolist())
+        raise TableError(
+            f"table {table.source}: {missing.sum():,} of {len(ids):,} images are not there; rows {first}"
+            f"{', ...' if missing.sum() > 5 else ''}; relative paths start at {table.root}: give another data.root?"
+        )
+
+
+def _ids(mask: Mask) -> Ids:
+    ids = np.flatnonzero(mask).astype(np.int64, copy=False)
+    ids.setflags(write=False)
+    return ids
+
+
+def _absolute(uri: str | os.PathLike[str]) -> str:
+    return os.fspath(uri) if is_uri(uri) else resolve(uri)[1]
+
+
+def _load(source: str) -> tuple[dict[str, pa.LargeStringArray], int]:
+    """Read the known columns as texts, and the number of rows."""
+    suffix = os.path.splitext(source.partition("?")[0] if is_uri(source) else source)[1].lower()
+    if suffix not in (".csv", ".parquet"):
+        raise TableError(f"table {source}: the file must end in .csv or .parquet, not {suffix or 'nothing'!r}")
+    filesystem, path = resolve(source)
+    read = _read_csv if suffix == ".csv" else _read_parquet
+    try:
+        data = read(filesystem.open_input_file, path)
+        return {name: col.as_text(data[name]) for name in data.column_names}, data.num_rows
+    except FileNotFoundError:
+        raise TableError(f"table {source}: there is no such file") from None
+    except (OSError, pa.ArrowException) as error:
+        raise TableError(f"table {source} cannot be read: {error}") from None
+
+
+def _read_csv(opened: Callable[[str], pa.NativeFile], path: str) -> pa.Table:
+    # a caption may hold newlines, and an ignored column anything at all
+    parse = csv.ParseOptions(newlines_in_values=True)
+    with opened(path) as file, csv.open_csv(file, parse_options=parse) as head:
+        names = _known(head.schema.names)
+    convert = csv.ConvertOptions(
+        include_columns=names,
+        column_types={name: pa.large_string() for name in names},
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    with opened(path) as file:
+        return csv.read_csv(file, parse_options=parse, convert_options=convert)
+
+
+def _read_parquet(opened: Callable[[str], pa.NativeFile], path: str) -> pa.Table:
+    with opened(path) as file:
+        reader = parquet.ParquetFile(file)
+        return reader.read(columns=_known(reader.schema_arrow.names))
+
+
+def _known(names: list[str]) -> list[str]:
+    known = [name for name in names if name in checks.COLUMNS]
+    if len(set(known)) < len(known):
+        raise pa.ArrowInvalid(f"a column is there twice: {', '.join(sorted({n for n in known if known.count(n) > 1}))}")
+    return known

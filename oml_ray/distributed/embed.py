@@ -1,0 +1,210 @@
+"""Embedding: decode tasks feed a pool of actors, which write the store's parts.
+
+A row of Ray Data is one part, so a part is written by one actor in one piece: a killed job continues with the parts
+that are missing, and every row is embedded exactly once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from oml_ray import build
+from oml_ray.config import EmbedConfig, dump, nodes
+from oml_ray.data.filesystem import resolve
+from oml_ray.data.images import EvaluationLoader
+from oml_ray.data.samplers import Ids
+from oml_ray.data.table import Table
+from oml_ray.distributed import runs
+from oml_ray.distributed.progress import counting, say
+from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.distributed.stream import Row, configure, fetched, pack, unpack
+from oml_ray.errors import ConfigError
+from oml_ray.learning.extractors import Extractor
+from oml_ray.retrieval.store import Manifest, Store, fingerprint
+from oml_ray.training.run_directory import RunDirectory
+
+AnyEmbed = TypeVar("AnyEmbed", bound=EmbedConfig)
+
+
+def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
+    """Logical resources of embedding."""
+    return Needs(
+        embed.actors * embed.cpus_per_actor + scaling.data_cpus,
+        embed.actors if scaling.use_gpu else 0,
+        "evaluation.embed.actors * evaluation.embed.cpus_per_actor + scaling.data_cpus = "
+        f"{embed.actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
+    )
+
+
+def source(config: EmbedConfig) -> tuple[Extractor, nodes.Resize]:
+    """Build the extractor of a config's source, with the preparation of its images."""
+    if isinstance(config.source, nodes.ExtractorSource):
+        size = config.source.size
+        return build.extractor(config.source.extractor, size), nodes.Resize(name="resize", size=size)
+    extractor, trained = build.trained_extractor(config.source.checkpoint)
+    return extractor, trained.transforms.eval  # type: ignore[return-value]
+
+
+def rows_of(table: Table, split: str) -> Ids:
+    """Row ids of a split.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    rows = {"train": table.train_ids, "validation": table.validation_ids, "all": np.arange(len(table))}[split]
+    if not len(rows):
+        raise ConfigError(f"data.split: {table.source} has no {split} rows: choose another split.")
+    return rows
+
+
+def embed(config: EmbedConfig) -> None:
+    """Embed a table into the run's store, or continue where an earlier process stopped.
+
+    Raises:
+        OmlRayError: the user's error, wherever it came up.
+    """
+    config, table, rows, extractor, transform = prepare(config)
+    run = runs.open_run(config)
+    with session(needs(config.evaluation.embed, config.scaling)), unwrapped():
+        store, manifest = fill_store(
+            run,
+            config.data,
+            table,
+            rows,
+            config.data.split,
+            extractor,
+            transform,
+            config.evaluation.embed,
+            config.scaling,
+        )
+        bad = len(store.bad_images(manifest))
+    say(f"{len(rows) - bad} rows embedded in {store.path}" + (f", {bad} bad images left out" if bad else ""))
+
+
+def dry_run(config: EmbedConfig) -> None:
+    """Check everything that can be checked without computing, and print the resolved config."""
+    config, *_ = prepare(config)
+    check_given(needs(config.evaluation.embed, config.scaling))
+    say(dump(config))
+
+
+def prepare(config: AnyEmbed) -> tuple[AnyEmbed, Table, Ids, Extractor, nodes.Resize]:
+    """Check all that can be checked before anything starts; return what that made."""
+    config = runs.resolved(config)
+    runs.check_name(config)
+    table = build.table(config.data, config.run.storage)
+    return config, table, rows_of(table, config.data.split), *source(config)
+
+
+def fill_store(
+    run: RunDirectory,
+    data: nodes.Data,
+    table: Table,
+    rows: Ids,
+    split: str,
+    extractor: Extractor,
+    transform: nodes.Resize,
+    node: nodes.Embed,
+    scaling: nodes.Scaling,
+) -> tuple[Store, Manifest]:
+    """Embed the rows that the run's store is missing, in a session that is there; return the whole store."""
+    state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
+    manifest = Manifest(
+        num_rows=len(rows),
+        rows_per_part=node.rows_per_part,
+        embedding_dim=extractor.embedding_dim,
+        weights=fingerprint(state),
+        transform=transform.model_dump(),
+        table=table.fingerprint,
+        split=split,
+    )
+    store = Store(*resolve(f"{run.uri}/{runs.EMBEDDINGS}"))
+    missing = store.begin(manifest)
+    if not missing:
+        return store, manifest
+    configure(cpus=None)
+    loader = build.evaluation_loader(data, table, transform)
+    shared = ray.put((loader, rows, np.array(missing)))
+    dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
+    dataset = dataset.map_batches(partial(_load_part, shared, node.rows_per_part), batch_size=None, num_cpus=1)
+    dataset = dataset.map_batches(
+        _Embedder,
+        fn_constructor_args=(ray.put(extractor), shared, store, node.batch_size, scaling.use_gpu),
+        batch_size=None,
+        compute=ActorPoolStrategy(size=node.actors),
+        num_cpus=node.cpus_per_actor,
+        num_gpus=1 if scaling.use_gpu else 0,
+        # Ray's own defaults, but said here they make the actors' arguments differ from the tasks': with equal ones
+        # Ray Data fuses the two, and each actor would decode for itself before it embeds.
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    with counting("embedding", len(rows), "images") as done:
+        done(len(rows) - len(missing) * node.rows_per_part if len(missing) < manifest.num_parts else 0)
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            done(int(block["rows"].sum()))
+    return store, manifest
+
+
+def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Row:
+    loader, rows, missing = fetched(shared)
+    batches = []
+    for index in block["id"].tolist():
+        start = int(missing[index]) * rows_per_part
+        batches.append(loader.load(rows[start : start + rows_per_part]))
+    return {"part": missing[block["id"]], **pack(batches, min(rows_per_part, len(rows)))}
+
+
+class _Embedder:
+    """One actor of the pool: embeds loaded parts and writes them."""
+
+    def __init__(
+        self, extractor: ray.ObjectRef[Any], shared: ray.ObjectRef[Any], store: Store, batch_size: int, use_gpu: bool
+    ) -> None:
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.extractor: Extractor = ray.get(extractor).to(self.device).eval()
+        loader: EvaluationLoader = fetched(shared)[0]
+        self.table, self.store, self.batch_size = loader.reader.table, store, batch_size
+
+    @torch.inference_mode()
+    def __call__(self, block: Row) -> Row:
+        for index, part in enumerate(block["part"].tolist()):
+            batch = unpack(block, index)
+            images = torch.from_numpy(batch.images)
+            chunks = [
+                self.extractor(chunk.to(self.device)).float().cpu()
+                for chunk in torch.split(images, self.batch_size)
+                if len(chunk)
+            ]
+            empty = torch.empty(0, self.extractor.embedding_dim)
+            embeddings = torch.cat([empty, *chunks]).numpy()  # (rows, dim)
+            bad = dict(zip(batch.bad.tolist(), batch.reasons, strict=True))
+            self.store.write_part(part, columns_of(self.table, batch.ids), embeddings, bad)
+        return {"part": block["part"], "rows": block["count"]}
+
+
+def columns_of(table: Table, ids: Ids) -> dict[str, Any]:
+    """The table's columns at some rows, as the store keeps them beside the embeddings."""
+    codes = table.categories[ids]
+    names = np.array([*table.category_names, None], dtype=object)
+    columns: dict[str, Any] = {
+        "id": ids,
+        "label": table.labels[ids],
+        "path": table.paths.take(ids),
+        "split": np.where(table.is_train[ids], "train", "validation"),
+        "is_query": table.is_query[ids],
+        "is_gallery": table.is_gallery[ids],
+        "category": pa.array(names[codes], pa.string()),
+        "sequence": table.sequences[ids],
+    }
+    if table.boxes is not None:
+        columns |= {name: table.boxes[ids, side] for side, name in enumerate(("x_1", "y_1", "x_2", "y_2"))}
+    return columns

@@ -1,0 +1,145 @@
+"""Ray sessions: connect to a cluster that is given, or start one on this machine; check that it has what is needed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
+
+from oml_ray.errors import OmlRayError, ResourceError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Logical resources that a verb holds at one time, and how they add up."""
+
+    cpus: float
+    gpus: float
+    formula: str
+    """How the CPUs add up, in config keys."""
+
+    def __or__(self, other: Needs) -> Needs:
+        """What two stages need that run one after the other."""
+        larger = self if self.cpus >= other.cpus else other
+        return Needs(larger.cpus, max(self.gpus, other.gpus), larger.formula)
+
+
+def is_given() -> bool:
+    """Whether a cluster is given (by RAY_ADDRESS, as in a Ray job, or by a session of this process)."""
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def session(needs: Needs, *, dashboard: bool = False) -> Iterator[None]:
+    """Have a Ray session with the needed resources for the body of a `with`.
+
+    Args:
+        needs: on a given cluster they are checked; on this machine as many logical CPUs are declared.
+        dashboard: start Ray's dashboard, where Ray is started.
+
+    Raises:
+        ResourceError: the given cluster has too few CPUs or GPUs, or cannot be reached.
+    """
+    quiet()
+    started = not ray.is_initialized()
+    if started:
+        _start(needs, dashboard)
+    try:
+        _check(needs)
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def check_given(needs: Needs) -> None:
+    """Check the needs against the cluster that is given; without one there is nothing to check."""
+    if is_given():
+        with session(needs):
+            pass
+
+
+def quiet() -> None:
+    """Keep Ray's own chatter out of the terminal: its log files have it all."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _start(needs: Needs, dashboard: bool) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notices about future defaults of Ray
+            if address:
+                ray.init(address=address, **options)
+            else:
+                cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
+                ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
+        raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _check(needs: Needs) -> None:
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    if cpus < needs.cpus:
+        raise ResourceError(
+            f"The Ray cluster has {cpus:g} CPUs, but {needs.cpus:g} are needed ({needs.formula}): "
+            f"lower these keys, or add {needs.cpus - cpus:g} CPUs to the cluster."
+        )
+    if gpus < needs.gpus:
+        raise ResourceError(
+            f"The Ray cluster has {gpus:g} GPUs, but {needs.gpus:g} are needed: set scaling.use_gpu: false, "
+            "lower the number of workers and actors, or add GPUs to the cluster."
+        )
+
+
+def user_error(error: BaseException | None) -> OmlRayError | None:
+    """Find the user's error inside the wrappers that Ray puts around what a task, actor or worker raised."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        # A RayTaskError may also claim to be of its cause's type: only the cause itself has the message alone.
+        if isinstance(current, OmlRayError) and not isinstance(current, RayTaskError):
+            return current
+        failures = getattr(current, "worker_failures", None)
+        waiting += list(failures.values()) if isinstance(failures, dict) else []
+        waiting += [
+            getattr(current, name, None) for name in ("__context__", "__cause__", "controller_failure", "cause")
+        ]
+    return None
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise the user's error alone where Ray raises it inside its own."""
+    try:
+        yield
+    except OmlRayError:
+        raise
+    except Exception as error:
+        found = user_error(error)
+        if found is None:
+            raise
+        raise found from None

@@ -1,0 +1,163 @@
+"""Streams on Ray Data: every rank has its own dataset whose rows are whole batches.
+
+A row of Ray Data is never split, so a planned batch stays whole. Blocks hold several rows, as a task for each batch
+costs more than it decodes. Tasks find the loaders (and the table in them) in the object store.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import DataContext, ExecutionResources
+
+from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
+from oml_ray.data.plan import Plan, slice_bounds
+from oml_ray.data.samplers import Ids
+from oml_ray.distributed.session import quiet, unwrapped
+from oml_ray.training.context import PlannedBatch
+
+Row = dict[str, Any]
+
+BATCHES_PER_TASK = 4
+BATCHES_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class RayStream:
+    """One rank's images, decoded by Ray Data tasks anywhere in the cluster."""
+
+    plan: Plan
+    loaders: ray.ObjectRef[tuple[TrainingLoader, EvaluationLoader]]
+    rank: int
+    world_size: int
+    data_cpus: float
+    """CPUs for decoding, of all ranks together."""
+
+    def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
+        """Yield this rank's slices from (epoch, step) on, decoded ahead across the ends of epochs."""
+        return ahead(lambda: self._training(epoch, step, epochs), BATCHES_AHEAD)
+
+    def _training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
+        bounds = slice_bounds(self.plan.batch_size, self.world_size)
+        for current in range(epoch, epochs):
+            first_step = step if current == epoch else 0
+            ids = self.plan.epoch(current)[first_step:, bounds[self.rank] : bounds[self.rank + 1]]  # (steps, slice)
+            load = partial(
+                _load_training, self.loaders, ray.put(np.ascontiguousarray(ids)), current, first_step, bounds[self.rank]
+            )
+            for offset, batch in enumerate(self._rows(load, len(ids))):
+                yield PlannedBatch(current, first_step + offset, batch)
+
+    def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        """Yield the rows `ids` in order."""
+        load = partial(_load_evaluation, self.loaders, ray.put(ids), batch_size)
+        return ahead(lambda: self._rows(load, -(-len(ids) // batch_size)), 2)
+
+    def _rows(self, load: Callable[[Any], Any], num_rows: int) -> Iterator[Batch]:
+        share = self.data_cpus / self.world_size
+        configure(share)
+        if num_rows == 0:
+            return
+        dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // BATCHES_PER_TASK))
+        # A rank whose share is less than a CPU still has one task at a time, which then holds that share.
+        dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share))
+        with unwrapped():
+            for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+                for index in range(len(block["count"])):
+                    yield unpack(block, index)  # type: ignore[arg-type]
+
+
+def configure(cpus: float | None = None) -> None:
+    """Set what every dataset of this process needs: order, whole blocks, and at most `cpus` CPUs."""
+    quiet()
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None
+    if cpus is not None:
+        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=max(1.0, cpus))
+
+
+def pack(batches: list[Batch], size: int) -> Row:
+    """Columns of a block whose rows are batches, padded to `size` images."""
+    images = np.zeros((len(batches), size, *batches[0].images.shape[1:]), dtype=np.uint8)
+    ids = np.full((len(batches), size), -1, dtype=np.int64)
+    for index, batch in enumerate(batches):
+        images[index, : len(batch.ids)], ids[index, : len(batch.ids)] = batch.images, batch.ids
+    bad = [json.dumps([batch.bad.tolist(), list(batch.reasons)]) for batch in batches]
+    return {"images": images, "ids": ids, "count": np.array([len(batch.ids) for batch in batches]), "bad": bad}
+
+
+def unpack(block: Row, index: int) -> Batch:
+    """One batch of a packed block, in memory of its own (blocks are read-only views of the object store)."""
+    count = int(block["count"][index])
+    bad, reasons = json.loads(block["bad"][index])
+    images, ids = block["images"][index][:count], block["ids"][index][:count]
+    return Batch(ids.copy(), images.copy(), np.array(bad, dtype=np.int64), reasons)
+
+
+def ahead(produce: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
+    """Run a generator in a thread, up to `depth` items ahead; its errors are raised where it is consumed."""
+    items: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def offer(item: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        try:
+            for item in produce():
+                if not offer((True, item)):
+                    return
+            offer((True, end))
+        except BaseException as error:
+            offer((False, error))
+
+    threading.Thread(target=run, daemon=True, name="oml_ray-stream").start()
+    try:
+        while True:
+            is_item, item = items.get()
+            if not is_item:
+                raise item
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+
+
+def _load_training(
+    loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], epoch: int, first_step: int, first_position: int, rows: Row
+) -> Row:
+    loader, planned = fetched(loaders)[0], fetched(ids)
+    batches = [
+        loader.load(planned[row], epoch=epoch, step=first_step + row, first_position=first_position)
+        for row in rows["id"].tolist()
+    ]
+    return pack(batches, planned.shape[1])
+
+
+def _load_evaluation(loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], batch_size: int, rows: Row) -> Row:
+    loader, wanted = fetched(loaders)[1], fetched(ids)
+    starts = (rows["id"] * batch_size).tolist()
+    return pack([loader.load(wanted[start : start + batch_size]) for start in starts], batch_size)
+
+
+@lru_cache(maxsize=4)
+def fetched(reference: ray.ObjectRef[Any]) -> Any:
+    return ray.get(reference)

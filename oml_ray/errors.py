@@ -1,0 +1,64 @@
+"""Everything a user can do wrong, as one tree of exceptions.
+
+::
+
+    OmlRayError               one clear message for the user; exit status 2
+    ├── ConfigError           a config file, a key, a value, or keys that contradict each other
+    ├── TableError            the table of instances
+    ├── ImageError            an image that cannot be read, or its box
+    ├── EmbeddingError        embeddings that cannot be searched (shape, NaN, missing part)
+    ├── CheckpointError       a checkpoint that is absent, damaged, or of another architecture
+    ├── StorageError          a place that cannot be read or written
+    ├── ResourceError         CPUs or GPUs that the cluster does not have
+    └── RunError              a run that cannot start or continue under its name
+
+Every message names the file, key or row, what was found, what is allowed and what to do. Anything that is not an
+`OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace.
+"""
+
+
+class OmlRayError(Exception):
+    """The root of all errors that a user can cause and mend."""
+
+
+class ConfigError(OmlRayError):
+    """A config file, a key or a value is not what the schema allows."""
+
+
+class TableError(OmlRayError):
+    """The table of instances breaks its format."""
+
+
+class ImageError(OmlRayError):
+    """An image, or the box inside it, cannot be used."""
+
+
+class EmbeddingError(OmlRayError):
+    """Embeddings cannot be searched."""
+
+
+class CheckpointError(OmlRayError):
+    """A checkpoint is absent, damaged, or does not fit the model."""
+
+
+class StorageError(OmlRayError):
+    """A path or URI cannot be read or written."""
+
+
+class ResourceError(OmlRayError):
+    """The cluster does not have what the config asks for."""
+
+
+class RunError(OmlRayError):
+    """A run cannot start or continue under its name."""
+
+
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """One line of what a library said, for the end of a message of ours.
+
+    Example:
+        >>> reason_of(KeyError()), reason_of(ValueError("no\\nway"))
+        ('KeyError', 'no')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

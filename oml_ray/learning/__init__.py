@@ -1,0 +1,1 @@
+"""The learning floor: extractors, miners and criteria over the global batch."""

@@ -1,0 +1,151 @@
+"""Extractors: images -> embeddings, by any timm model with an optional projection."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from oml_ray.errors import CheckpointError, ConfigError, reason_of
+from oml_ray.learning.weights import State, fit_names
+
+
+class Extractor(nn.Module):
+    """Pixels -> normalised input -> backbone -> projection -> L2 normalisation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projection: nn.Module,
+        *,
+        embedding_dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        normalize: bool,
+    ) -> None:
+        """Combine the parts.
+
+        Args:
+            backbone: normalised images (n, 3, height, width) -> features (n, F).
+            projection: features (n, F) -> embeddings (n, embedding_dim).
+            embedding_dim: D.
+            mean: of the backbone's input, per channel, in [0, 1].
+            std: of the backbone's input, per channel, in [0, 1].
+            normalize: whether embeddings get unit L2 norm.
+        """
+        super().__init__()
+        self.backbone, self.projection = backbone, projection
+        self.embedding_dim, self.normalize = embedding_dim, normalize
+        # Not part of the state: they follow from the config, and integers in pixels stay exact in any precision.
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images uint8 (n, 3, height, width) as (n, D)."""
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        embeddings: Tensor = self.projection(self.backbone(pixels))
+        return nn.functional.normalize(embeddings, dim=1) if self.normalize else embeddings
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Stop (or resume) the backbone's learning, its batch statistics included."""
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(not frozen)
+        self._backbone_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Extractor:
+        """Switch to training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if getattr(self, "_backbone_frozen", False):
+            self.backbone.eval()
+        return self
+
+
+def timm_extractor(
+    model: str,
+    *,
+    size: int,
+    pretrained: bool = False,
+    weights: State | None = None,
+    embedding_dim: int | None = None,
+    hidden_dims: Sequence[int] = (),
+    normalize: bool = True,
+) -> Extractor:
+    """Build an extractor on a timm backbone, at the input size it will see.
+
+    Args:
+        model: timm's name of the network.
+        size: side of the input images in pixels; position embeddings are resampled to it in float32.
+        pretrained: load timm's own weights from the model hub.
+        weights: state of the backbone; by name, or in order where only the names differ.
+        embedding_dim: D of a linear projection; None for the backbone's features as they are.
+        hidden_dims: widths of hidden layers (with ReLU) before that projection.
+        normalize: whether embeddings get unit L2 norm.
+
+    Returns:
+        The extractor, in training mode.
+
+    Raises:
+        ConfigError: unknown model, a size it cannot take, or weights that the hub does not give.
+        CheckpointError: `weights` are of another architecture.
+
+    Example:
+        >>> extractor = timm_extractor("test_vit", size=64, embedding_dim=32)
+        >>> extractor(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape
+        torch.Size([2, 32])
+    """
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=5)
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ConfigError(f"extractor.model: timm has no model {model!r}.{hint} timm.list_models() lists all.")
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained or weights is not None}
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is not None and cfg.fixed_input_size:
+        options["img_size"] = size
+    if weights is not None:
+        with torch.device("meta"):
+            whole, bare = timm.create_model(model), timm.create_model(model, num_classes=0)
+        state = fit_names(weights, [whole.state_dict(), bare.state_dict()], name=model)
+        options["pretrained_cfg_overlay"] = {"state_dict": state}
+    try:
+        backbone = timm.create_model(model, **options)
+    except Exception as error:  # timm and the hub's client raise many kinds
+        reason = reason_of(error)
+        if weights is not None:
+            raise CheckpointError(f"extractor.weights do not fit {model}: {reason}") from None
+        if pretrained:
+            raise ConfigError(
+                f"extractor.pretrained: the weights of {model} cannot be had from the model hub ({reason}). "
+                "Give a local file by extractor.weights instead."
+            ) from None
+        raise ConfigError(f"extractor.model: timm cannot build {model} for {size} x {size} images: {reason}") from None
+    num_features = int(getattr(backbone, "head_hidden_size", 0) or backbone.num_features)  # type: ignore[arg-type]
+    data: Any = backbone.pretrained_cfg
+    return Extractor(
+        backbone,
+        _projection(num_features, hidden_dims, embedding_dim),
+        embedding_dim=embedding_dim or num_features,
+        mean=data["mean"],
+        std=data["std"],
+        normalize=normalize,
+    )
+
+
+def _projection(num_features: int, hidden_dims: Sequence[int], embedding_dim: int | None) -> nn.Module:
+    if embedding_dim is None:
+        if hidden_dims:
+            raise ConfigError("extractor.hidden_dims need extractor.embedding_dim, the width of the last layer.")
+        return nn.Identity()
+    widths = [num_features, *hidden_dims, embedding_dim]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

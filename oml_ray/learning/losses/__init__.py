@@ -1,0 +1,1 @@
+"""Criteria: one loss a file."""

@@ -1,0 +1,1 @@
+"""The retrieval floor: neighbors, exact search, metrics and the report."""

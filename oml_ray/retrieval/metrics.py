@@ -1,0 +1,200 @@
+"""Retrieval metrics: one value per query, their means over queries, and bootstrap intervals of the means.
+
+Definitions (r: the relevance list of one query, sorted by distance, after exclusion; n: its number of relevant gallery
+instances after exclusion, counted over the whole gallery), those of Open Metric Learning:
+
+- ``cmc@k``       = 1 if any of r[:k], else 0 ("Recall@k" in papers);
+- ``precision@k`` = sum(r[:k]) / min(n, k);
+- ``map@k``       = mean over the hits i in the first k of sum(r[:i]) / i (i from 1); 0 when there is no hit.
+
+Musgrave et al., "A Metric Learning Reality Check" (ECCV 2020), discuss what the first can and cannot tell.
+A query with n = 0 has no ground truth: it is NaN here and left out of every mean. A query with n > 0 that retrieved
+nothing scores 0.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oml_ray.errors import EmbeddingError
+
+Float64Array = NDArray[np.float64]
+PerQuery = dict[str, dict[str, Float64Array]]
+
+CONFIDENCE = (2.5, 97.5)  # percentiles
+RESAMPLED_AT_ONCE = 2**21  # drawn queries held in memory
+
+
+def per_query(
+    relevant: NDArray[np.bool_],
+    counts: NDArray[np.int64],
+    n: NDArray[np.int64],
+    cmc: Sequence[int] = (),
+    precision: Sequence[int] = (),
+    map: Sequence[int] = (),
+) -> PerQuery:
+    """The metrics of each query.
+
+    Arguments:
+        relevant: bool (Q, K), whether the neighbor at each place has the query's label.
+        counts: int64 (Q,), how many of the K places are filled; what lies beyond is ignored.
+        n: int64 (Q,), relevant gallery instances after exclusion (`exclusion.ground_truth_counts`).
+        cmc, precision, map: the k of each metric, 1 <= k <= K; a metric without any is left out.
+
+    Returns:
+        {"cmc": {"1": float64 (Q,), ...}, ...}; NaN where n = 0.
+
+    Raises:
+        EmbeddingError: shapes do not fit, a k is not in 1..K, or more relevant neighbors were retrieved than there are.
+
+    Example:
+        >>> hits = np.array([[True, False], [False, True], [False, False]])
+        >>> per_query(hits, np.array([2, 2, 2]), np.array([2, 3, 5]), precision=[2])["precision"]["2"]
+        array([0.5, 0.5, 0. ])
+    """
+    if relevant.ndim != 2 or counts.shape != relevant.shape[:1] or n.shape != counts.shape:
+        raise EmbeddingError(
+            f"metrics: found relevant {relevant.shape}, counts {counts.shape}, n {n.shape}; "
+            "allowed are (Q, K), (Q,), (Q,)."
+        )
+    wanted = {"cmc": cmc, "precision": precision, "map": map}
+    wrong = [f"{name}@{k}" for name, ks in wanted.items() for k in ks if not 1 <= k <= relevant.shape[1]]
+    if wrong:
+        raise EmbeddingError(
+            f"metrics: {', '.join(wrong)} cannot be computed from {relevant.shape[1]} neighbors per query; "
+            "k must be at least 1 and at most that: search for more neighbors."
+        )
+    places = np.arange(1, relevant.shape[1] + 1)
+    r = relevant & (places <= counts[:, None])  # (queries, places)
+    hits = np.cumsum(r, axis=1)  # (queries, places)
+    if relevant.shape[1] and (hits[:, -1] > n).any():
+        row = int((hits[:, -1] > n).argmax())
+        raise EmbeddingError(
+            f"metrics: query row {row} retrieved {hits[row, -1]} relevant neighbors, but n = {n[row]}; "
+            "count n over the whole gallery, with the same exclusions as the search."
+        )
+    summed = np.cumsum(np.where(r, hits / places, 0.0), axis=1)  # precision at the hits, (queries, places)
+    result: PerQuery = {}
+    for name, ks in wanted.items():
+        for k in ks:
+            found = hits[:, k - 1]
+            if name == "cmc":
+                value = (found > 0).astype(np.float64)
+            elif name == "precision":
+                value = found / np.maximum(np.minimum(n, k), 1)
+            else:
+                value = summed[:, k - 1] / np.maximum(found, 1)
+            result.setdefault(name, {})[str(k)] = np.where(n > 0, value, np.nan)
+    return result
+
+
+def resamples(num_queries: int, samples: int, seed: int) -> Iterator[Float64Array]:
+    """How often each bootstrap resample draws each query: the one set for (seed, number of queries).
+
+    Every metric, and every run compared on the same queries, uses this set, so differences of means are paired.
+
+    Arguments:
+        num_queries: queries to draw from, and draws per resample, >= 1.
+        samples: number of resamples.
+        seed: of the draws.
+
+    Returns:
+        Iterator of float64 (chunk, num_queries) whose rows sum to num_queries; memory is bounded by the chunk.
+
+    Example:
+        >>> next(resamples(3, samples=2, seed=0)).sum(axis=1)
+        array([3., 3.])
+    """
+    generator = np.random.default_rng([seed, num_queries])
+    step = max(1, RESAMPLED_AT_ONCE // num_queries)
+    for start in range(0, samples, step):
+        rows = min(step, samples - start)
+        drawn = generator.integers(num_queries, size=(rows, num_queries))
+        drawn += np.arange(rows)[:, None] * num_queries  # position in the flat (rows, queries)
+        counted = np.bincount(drawn.ravel(), minlength=rows * num_queries)
+        yield counted.reshape(rows, num_queries).astype(np.float64)
+
+
+def bootstrap(values: Float64Array, samples: int, seed: int) -> Float64Array:
+    """Percentile 95% intervals of the means over queries (Efron and Tibshirani 1993, chapter 13).
+
+    Arguments:
+        values: float64 (M, Q), M metrics of Q >= 1 queries, without NaN.
+        samples: number of resamples, >= 1.
+        seed: of the resamples, see `resamples`.
+
+    Returns:
+        float64 (M, 2): lower and upper ends.
+
+    Example:
+        >>> bootstrap(np.ones((1, 4)), samples=10, seed=0)
+        array([[1., 1.]])
+    """
+    num_queries = values.shape[1]
+    means = [weights @ values.T / num_queries for weights in resamples(num_queries, samples, seed)]
+    ends: Float64Array = np.percentile(np.concatenate(means), CONFIDENCE, axis=0).T  # (metrics, 2)
+    return ends
+
+
+def summarise(
+    values: Mapping[str, Mapping[str, Float64Array]],
+    categories: NDArray[np.int64] | None = None,
+    category_names: Sequence[str] = (),
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, object]]:
+    """Means over the queries with ground truth, overall and per category, with their intervals.
+
+    Arguments:
+        values: the result of `per_query`.
+        categories: int64 (Q,), positions in `category_names`, -1 = none; or None.
+        category_names: one name per code.
+        samples: bootstrap resamples; 0 = no intervals.
+        seed: of the resamples.
+
+    Returns:
+        {"overall": {"cmc": {"1": {"value": 0.91, "ci95": [0.90, 0.92]}}}, "categories": {name: {"cmc": ...}}}, in
+        plain floats. Over no queries a value is None, and so is its interval.
+
+    Raises:
+        EmbeddingError: categories do not fit the queries or the names.
+
+    Example:
+        >>> summarise({"cmc": {"1": np.array([1.0, np.nan])}}, samples=10)["overall"]
+        {'cmc': {'1': {'value': 1.0, 'ci95': [1.0, 1.0]}}}
+    """
+    keys = [(name, k) for name, by_k in values.items() for k in by_k]
+    if not keys:
+        return {"overall": {}, "categories": {name: {} for name in category_names}}
+    stacked = np.stack([values[name][k] for name, k in keys])  # (metrics, queries)
+    if categories is None:
+        categories = np.full(stacked.shape[1], -1, dtype=np.int64)
+    if categories.shape != stacked.shape[1:] or (len(categories) and categories.max() >= len(category_names)):
+        raise EmbeddingError(
+            f"metrics: found category codes {categories.shape} up to {categories.max(initial=-1)} for "
+            f"{stacked.shape[1]} queries and {len(category_names)} names; every query needs a code below the number of "
+            "names, or -1."
+        )
+    known = ~np.isnan(stacked).any(axis=0)
+    order = np.argsort(np.where(known, categories, -1), kind="stable")  # queries by category, each in its own order
+    ends = np.searchsorted(np.where(known, categories, -1)[order], np.arange(len(category_names) + 1))
+    by_category: dict[str, object] = {
+        name: _summary(keys, stacked[:, order[ends[code] : ends[code + 1]]], samples, seed)
+        for code, name in enumerate(category_names)
+    }
+    overall: dict[str, object] = dict(_summary(keys, stacked[:, known], samples, seed))
+    return {"overall": overall, "categories": by_category}
+
+
+def _summary(
+    keys: Sequence[tuple[str, str]], values: Float64Array, samples: int, seed: int
+) -> dict[str, dict[str, dict[str, object]]]:
+    """{metric: {k: {"value":, "ci95":}}} of (metrics, queries) without NaN."""
+    some = values.shape[1] > 0
+    means = values.mean(axis=1).tolist() if some else [None] * len(keys)
+    ends = bootstrap(values, samples, seed).tolist() if some and samples else [None] * len(keys)
+    result: dict[str, dict[str, dict[str, object]]] = {}
+    for (name, k), mean, interval in zip(keys, means, ends, strict=True):
+        result.setdefault(name, {})[k] = {"value": mean, "ci95": interval}
+    return result

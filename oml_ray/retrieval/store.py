@@ -1,0 +1,176 @@
+"""The embeddings store: Parquet parts of fixed row ranges and a manifest that says what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from oml_ray.errors import EmbeddingError, StorageError
+
+MANIFEST = "manifest.json"
+BAD_IMAGES = b"oml_ray.bad_images"
+
+Embeddings = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a store; two stores with equal manifests hold equal rows."""
+
+    num_rows: int
+    """Rows asked for; unreadable images leave fewer."""
+    rows_per_part: int
+    embedding_dim: int
+    weights: str
+    """Fingerprint of the extractor's weights."""
+    transform: dict[str, Any]
+    """The images' preparation."""
+    table: str
+    """Fingerprint of the table."""
+    split: str
+    """Part of the table."""
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts make the store whole."""
+        return -(-self.num_rows // self.rows_per_part)
+
+
+class Store:
+    """Reads and writes one store."""
+
+    def __init__(self, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
+        """Open the store at `path` of a pyarrow filesystem; nothing is read yet."""
+        self.filesystem, self.path = filesystem, path
+
+    def manifest(self) -> Manifest | None:
+        """Return the manifest, None where there is none.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        try:
+            with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
+                return Manifest(**json.loads(stream.read()))
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, ValueError) as error:
+            raise StorageError(f"{self.path}/{MANIFEST} cannot be read: {error}.") from None
+
+    def begin(self, manifest: Manifest) -> list[int]:
+        """Start or continue a store; return the parts that are still missing.
+
+        Raises:
+            EmbeddingError: the store was made by something else; the message names the differences.
+        """
+        found = self.manifest()
+        if found is None:
+            self.filesystem.create_dir(self.path, recursive=True)
+            self._write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+        elif found != manifest:
+            old, new = asdict(found), asdict(manifest)
+            differing = [f"{key} ({old[key]} there, {new[key]} now)" for key in old if old[key] != new[key]]
+            raise EmbeddingError(
+                f"The store {self.path} was made by something else: {'; '.join(differing)}. "
+                "Choose another run.name, or replace it with run.resume: never."
+            )
+        selector = pyarrow.fs.FileSelector(self.path)
+        present = {info.base_name for info in self.filesystem.get_file_info(selector)}
+        return [part for part in range(manifest.num_parts) if part_name(part) not in present]
+
+    def write_part(self, part: int, columns: Mapping[str, Any], embeddings: Embeddings, bad: Mapping[int, str]) -> None:
+        """Write one part, whole or not at all.
+
+        Args:
+            part: its number.
+            columns: arrays of one length n, `id` among them.
+            embeddings: float32 (n, D).
+            bad: row id -> reason of the rows that were left out.
+
+        Raises:
+            EmbeddingError: an embedding is not finite.
+        """
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            rows = np.asarray(columns["id"])[~finite]
+            raise EmbeddingError(
+                f"The extractor gave NaN or infinite embeddings for {len(rows)} row(s), first: {rows[:5].tolist()}: "
+                "its weights are broken, or the run diverged."
+            )
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+        table = pa.table({**columns, "embedding": vectors})
+        table = table.replace_schema_metadata({BAD_IMAGES: json.dumps({str(k): v for k, v in bad.items()})})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self._write(part_name(part), sink.getvalue())
+
+    def parts(self, manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield the parts in order, one in memory at a time.
+
+        Raises:
+            EmbeddingError: a part is missing or damaged.
+        """
+        for part in range(manifest.num_parts):
+            name = f"{self.path}/{part_name(part)}"
+            try:
+                yield pq.read_table(name, columns=columns, filesystem=self.filesystem)
+            except FileNotFoundError:
+                raise EmbeddingError(f"The store {self.path} is not whole: {part_name(part)} is missing.") from None
+            except (OSError, pa.ArrowInvalid) as error:
+                raise EmbeddingError(f"{name} is damaged: {error}. Remove it and run `oml-ray embed` again.") from None
+
+    def bad_images(self, manifest: Manifest) -> dict[int, str]:
+        """Row id -> reason of every row that was left out."""
+        bad: dict[int, str] = {}
+        for part in range(manifest.num_parts):
+            schema = pq.read_schema(f"{self.path}/{part_name(part)}", filesystem=self.filesystem)
+            found = json.loads((schema.metadata or {}).get(BAD_IMAGES, b"{}"))
+            bad.update({int(row): reason for row, reason in found.items()})
+        return bad
+
+    def _write(self, name: str, data: Any) -> None:
+        """Object stores put a file whole or not at all; elsewhere it is written aside and moved."""
+        is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        target = f"{self.path}/{name}"
+        aside = f"{self.path}/.{name}.{os.getpid()}.tmp" if is_local else target
+        try:
+            with self.filesystem.open_output_stream(aside) as stream:
+                stream.write(data)
+            if is_local:
+                os.replace(aside, target)
+        except OSError as error:
+            raise StorageError(f"{target} cannot be written: {error}.") from None
+
+
+def part_name(part: int) -> str:
+    """File name of a part."""
+    return f"part-{part:06d}.parquet"
+
+
+def embeddings_of(table: pa.Table) -> Embeddings:
+    """The embedding column of a part as float32 (n, D)."""
+    column = table.column("embedding").combine_chunks()
+    width = column.type.list_size
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return np.asarray(flat).reshape(len(column), width)  # (rows, dim)
+
+
+def fingerprint(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Hex SHA-256 of named arrays: their names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The training floor: optimizer, loop, checkpoints and validation, with or without Ray."""

@@ -1,0 +1,210 @@
+"""Checkpoints: a directory that another process, another world size, another day can continue from.
+
+::
+
+    checkpoints/
+      step_00000054/
+        extractor.safetensors   weights, all that an evaluation needs beside the config
+        training.pt             criterion, optimizer, scaler: tensors and plain values only
+        meta.json               position, best metric, config, versions, and the checksums of both files
+      best, last                text files naming a step folder: resolvable on object stores too
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import torch
+from safetensors.torch import load_file, save_file
+
+from oml_ray.data.filesystem import is_uri, resolve
+from oml_ray.errors import CheckpointError, reason_of
+from oml_ray.learning.weights import State
+from oml_ray.training.run_directory import RunDirectory, write_atomically
+
+FOLDER = "checkpoints"
+WEIGHTS, TRAINING, META = "extractor.safetensors", "training.pt", "meta.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: the next batch to learn from."""
+
+    epoch: int
+    step: int
+    """Next step inside the epoch."""
+    global_step: int
+    """Steps done since the start."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    extractor: State
+    """Weights of the extractor."""
+    training: dict[str, Any]
+    """States of criterion, optimizer and scaler."""
+    position: Position
+    """The next batch."""
+    best: float | None
+    """Best value of the watched metric so far."""
+    meta: dict[str, Any]
+    """Resolved config, table fingerprint, versions, and what else is plain data."""
+
+
+def save(run: RunDirectory, checkpoint: Checkpoint, *, is_best: bool, keep: int) -> None:
+    """Write a checkpoint so that a reader sees all of it or none, then move `last` (and `best`) to it.
+
+    Args:
+        run: where to.
+        checkpoint: what.
+        is_best: whether `best` moves to it too.
+        keep: how many of the newest to keep, beside the best.
+    """
+    name = f"step_{checkpoint.position.global_step:08d}"
+    final = run.path(FOLDER, name)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
+    try:
+        save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
+        torch.save(checkpoint.training, staged / TRAINING)
+        meta = {
+            "format": FORMAT,
+            "position": asdict(checkpoint.position),
+            "best": checkpoint.best,
+            "files": {file: _checksum(staged / file) for file in (WEIGHTS, TRAINING)},
+            **checkpoint.meta,
+        }
+        write_atomically(staged / META, json.dumps(meta, indent=1).encode())
+        staged.chmod(0o755)
+        if final.exists():  # left by a process that died before it moved `last`
+            shutil.rmtree(final)
+        staged.rename(final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    run.publish(FOLDER, name)
+    if is_best:
+        run.write_text(name, FOLDER, "best")
+    run.write_text(name, FOLDER, "last")
+    _prune(run, keep)
+
+
+def _prune(run: RunDirectory, keep: int) -> None:
+    names = run.names(FOLDER)
+    for name in names:
+        if name.startswith(".step_"):
+            run.remove(FOLDER, name)
+    steps = [name for name in names if name.startswith("step_")]
+    kept = {*steps[-keep:], run.read_text(FOLDER, "best"), run.read_text(FOLDER, "last")}
+    for name in steps:
+        if name not in kept:
+            run.remove(FOLDER, name)
+
+
+def latest(run: RunDirectory) -> Checkpoint | None:
+    """Return the last checkpoint of a run, None before the first."""
+    name = run.read_text(FOLDER, "last")
+    return None if name is None else read(run.fetch(FOLDER, name.strip()))
+
+
+def locate(uri: str) -> Path:
+    """Return a local checkpoint folder for a path or URI of one, or of a run's `best` or `last`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    filesystem, path = resolve(uri)
+    try:
+        kind = filesystem.get_file_info(path).type
+        if kind == pyarrow.fs.FileType.File:
+            with filesystem.open_input_stream(path) as stream:
+                name = stream.read(256).decode("utf-8", "replace").strip()
+            if not name.startswith("step_") or "/" in name:
+                raise CheckpointError(f"{uri} is a file, but not the `best` or `last` of a run's checkpoints.")
+            path = f"{path.rpartition('/')[0]}/{name}"
+        if filesystem.get_file_info(f"{path}/{META}").type != pyarrow.fs.FileType.File:
+            raise CheckpointError(
+                f"There is no checkpoint at {uri}: give a folder that holds {META}, or a run's checkpoints/best "
+                "or checkpoints/last."
+            )
+        if isinstance(filesystem, pyarrow.fs.LocalFileSystem) or not is_uri(uri):
+            return Path(path)
+        local = Path(tempfile.mkdtemp(prefix="oml_ray-checkpoint-"))
+        pyarrow.fs.copy_files(path, str(local), source_filesystem=filesystem)
+        return local
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {uri} cannot be read: {error}.") from None
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read `meta.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is absent, damaged or of an unknown format.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {folder} cannot be read: {META}: {error}.") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"The checkpoint {folder} is of an unknown format; this version reads format {FORMAT}.")
+    return meta
+
+
+def read_extractor(folder: Path) -> State:
+    """Read the extractor's weights of a checkpoint folder.
+
+    Raises:
+        CheckpointError: they are absent or damaged.
+    """
+    _check(folder, WEIGHTS, read_meta(folder))
+    try:
+        return load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors raises its own kinds
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {WEIGHTS}: {error}.") from None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a whole checkpoint; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    meta = read_meta(folder)
+    extractor = read_extractor(folder)
+    _check(folder, TRAINING, meta)
+    try:
+        training = torch.load(folder / TRAINING, "cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {TRAINING}: {reason_of(error)}.") from None
+    return Checkpoint(extractor, training, Position(**meta["position"]), meta["best"], meta)
+
+
+def _check(folder: Path, file: str, meta: dict[str, Any]) -> None:
+    try:
+        found = _checksum(folder / file)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {folder} is not whole: {file}: {error.strerror}.") from None
+    expected = meta.get("files", {}).get(file)
+    if found != expected:
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: {file} has checksum {found}, {META} says {expected}: "
+            "remove the folder and continue from an older one, or copy it again."
+        )
+
+
+def _checksum(path: Path) -> str:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return f"crc32:{crc:08x}:{size}"

@@ -1,0 +1,111 @@
+"""What the loop knows of the world around it: ranks, a device, data, and someone to tell. It never sees Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
+from oml_ray.data.plan import Plan, slice_bounds
+from oml_ray.data.samplers import Ids
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One rank's slice of one global batch."""
+
+    epoch: int
+    step: int
+    """Step inside the epoch."""
+    batch: Batch
+
+
+class Stream(Protocol):
+    """Delivers images to one rank."""
+
+    def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
+        """Yield this rank's slices from (epoch, step) to the end of epoch `epochs - 1`, in order."""
+
+    def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        """Yield the rows `ids` in order, at most `batch_size` at a time."""
+
+
+class Context(Protocol):
+    """One rank among `world_size`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    stream: Stream
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Show how far the run is; called by rank 0, must return at once."""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Hand over a validation's metrics; called by every rank with equal rows."""
+
+
+def process_group() -> tuple[int, int]:
+    """Rank and world size of this process: (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@dataclass
+class LocalStream:
+    """Loads images in this very process, one batch when it is asked for."""
+
+    plan: Plan
+    training_loader: TrainingLoader
+    evaluation_loader: EvaluationLoader
+
+    def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
+        """Yield this rank's slices from (epoch, step) on."""
+        rank, world_size = process_group()
+        bounds = slice_bounds(self.plan.batch_size, world_size)
+        for current in range(epoch, epochs):
+            ids = self.plan.epoch(current)[:, bounds[rank] : bounds[rank + 1]]  # (steps, slice)
+            for position in range(step if current == epoch else 0, len(ids)):
+                batch = self.training_loader.load(
+                    ids[position], epoch=current, step=position, first_position=bounds[rank]
+                )
+                yield PlannedBatch(current, position, batch)
+
+    def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
+        """Yield the rows `ids` in order."""
+        for start in range(0, len(ids), batch_size):
+            yield self.evaluation_loader.load(ids[start : start + batch_size])
+
+
+@dataclass
+class LocalContext:
+    """A plain process, or one of several under torch.distributed."""
+
+    stream: Stream
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """What was reported."""
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = process_group()
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Stay quiet."""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Remember the row."""
+        self.rows.append(row)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what the network itself draws (dropout) by (seed, step, rank), so that any step can be resumed."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def contiguous_share(ids: Ids, rank: int, world_size: int) -> Ids:
+    """This rank's contiguous share of rows, possibly empty."""
+    return ids[rank * len(ids) // world_size : (rank + 1) * len(ids) // world_size]

@@ -1,0 +1,157 @@
+"""A run's directory: everything of a run lies under `<storage>/<name>/`, on a path or behind a URI.
+
+Behind a URI, files are written to a local staging folder and published one by one; on a path both are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from oml_ray.data.filesystem import is_uri, join, resolve
+from oml_ray.errors import StorageError
+
+
+class RunDirectory:
+    """Names, writes, publishes and fetches the files of one run."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        """Open (and create) the directory.
+
+        Args:
+            storage: absolute path or URI of a folder.
+            name: folder of the run in it.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        self.storage, self.name = storage, name
+        self.uri = join(storage, name)
+        self._filesystem, self._remote = resolve(self.uri)
+        self._is_remote = is_uri(storage) and not isinstance(self._filesystem, pyarrow.fs.LocalFileSystem)
+        try:
+            if self._is_remote:
+                self.local = (
+                    Path(tempfile.gettempdir()) / f"oml_ray-{os.getuid()}" / f"{zlib.crc32(self.uri.encode()):08x}"
+                )
+                self._filesystem.create_dir(self._remote, recursive=True)
+            else:
+                self.local = Path(self._remote)
+            self.local.mkdir(parents=True, exist_ok=True, mode=0o700 if self._is_remote else 0o777)
+            probe = self.local / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"run.storage: {self.uri} cannot be written ({error.strerror or error}): "
+                "choose another place by run.storage, or change its permissions."
+            ) from None
+
+    def path(self, *parts: str) -> Path:
+        """Local path of a file of the run."""
+        return self.local.joinpath(*parts)
+
+    def publish(self, *parts: str) -> None:
+        """Make a written file or folder part of the run behind a URI."""
+        if self._is_remote:
+            try:
+                pyarrow.fs.copy_files(str(self.path(*parts)), self._at(*parts), destination_filesystem=self._filesystem)
+            except OSError as error:
+                raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be uploaded: {error}.") from None
+
+    def fetch(self, *parts: str) -> Path:
+        """Return the local path of a file or folder after bringing it from behind the URI, where it exists."""
+        local = self.path(*parts)
+        if self._is_remote and self._filesystem.get_file_info(self._at(*parts)).type != pyarrow.fs.FileType.NotFound:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.fs.copy_files(self._at(*parts), str(local), source_filesystem=self._filesystem)
+        return local
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file or folder of the run, wherever it lies."""
+        local = self.path(*parts)
+        if local.is_dir():
+            shutil.rmtree(local)
+        else:
+            local.unlink(missing_ok=True)
+        if self._is_remote:
+            kind = self._filesystem.get_file_info(self._at(*parts)).type
+            if kind == pyarrow.fs.FileType.Directory:
+                self._filesystem.delete_dir(self._at(*parts))
+            elif kind == pyarrow.fs.FileType.File:
+                self._filesystem.delete_file(self._at(*parts))
+
+    def names(self, *parts: str) -> list[str]:
+        """Sorted names inside a folder of the run; empty when there is no such folder."""
+        selector = pyarrow.fs.FileSelector(self._at(*parts), allow_not_found=True)
+        return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
+
+    def write_text(self, text: str, *parts: str) -> None:
+        """Write a small file atomically and publish it."""
+        path = self.path(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+        self.publish(*parts)
+
+    def read_text(self, *parts: str) -> str | None:
+        """Text of a small file, None where there is none."""
+        path = self.fetch(*parts)
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def _at(self, *parts: str) -> str:
+        return "/".join([self._remote, *parts])
+
+
+class History:
+    """`history.jsonl`: what training and validations measured, one JSON row each, nothing doubled after a resume."""
+
+    NAME = "history.jsonl"
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Continue the history of `run`."""
+        self._run = run
+        text = run.read_text(self.NAME) or ""
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in _whole_lines(text)]
+
+    def rewind(self, step: int) -> None:
+        """Forget what a killed process wrote after the checkpoint of global step `step`; -1 forgets all."""
+        kept = [row for row in self.rows if row["step"] <= step]
+        self.rows = kept
+        self._run.write_text(_lines(kept), self.NAME)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        self.rows.append(row)
+        with self._run.path(self.NAME).open("a", encoding="utf-8") as file:
+            file.write(_lines([row]))
+
+    def publish(self) -> None:
+        """Upload, where the run lies behind a URI."""
+        self._run.publish(self.NAME)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see either the old or the new content, whatever dies."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _whole_lines(text: str) -> list[str]:
+    # A process that died while appending leaves a last line without its end.
+    return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]

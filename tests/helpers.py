@@ -1,0 +1,55 @@
+"""What several tests share: small tables of real image files, and a config that any world size must train equally."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+HEADER = "label,path,split,is_query,is_gallery"
+
+
+def write_images(folder: Path, *, labels: int, instances: int, validation: int, size: int = 32, seed: int = 0) -> Path:
+    """Write `labels` labels of noisy pictures, the last `validation` of them for validation; return the table."""
+    generator = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    rows = [HEADER]
+    for label in range(labels):
+        pattern = generator.integers(0, 256, (4, 4, 3))
+        for instance in range(instances):
+            noise = generator.integers(-40, 40, (size, size, 3))
+            pixels = np.kron(pattern, np.ones((size // 4, size // 4, 1))) + noise
+            path = f"images/{label}_{instance}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
+            if label < labels - validation:
+                rows.append(f"{label},{path},train,,")
+            else:
+                rows.append(f"{label},{path},validation,{instance < 2},{instance >= 2}")
+    table = folder / "df.csv"
+    table.write_text("\n".join(rows) + "\n")
+    return table
+
+
+def train_config(table: Path, storage: Path, **nodes: Any) -> dict[str, Any]:
+    """A training config without batch statistics or dropout, in float64, that any world size must train equally."""
+    config: dict[str, Any] = {
+        "seed": 7,
+        "run": {"name": "run", "storage": str(storage)},
+        "data": {"table": str(table)},
+        "transforms": {"train": {"name": "crop_flip", "size": 32}, "eval": {"name": "resize", "size": 32}},
+        "extractor": {"name": "timm", "model": "test_vit", "embedding_dim": 16},
+        "criterion": {"name": "triplet", "margin": 0.2, "miner": {"name": "hard"}},
+        "sampler": {"name": "balance", "n_labels": 5, "n_instances": 3},
+        "training": {"epochs": 2, "precision": "fp64"},
+        "checkpoint": {"metric": "cmc.1"},
+        "evaluation": {"metrics": {"cmc": [1, 2], "precision": [2], "map": [2]}},
+    }
+    for name, node in nodes.items():
+        config[name] = {**config.get(name, {}), **node} if isinstance(node, dict) else node
+    return config
+
+
+Gloo = Callable[[int, Sequence[dict[str, Any]]], None]
