@@ -80,19 +80,24 @@ def parse_flags(text: pa.LargeStringArray) -> tuple[Mask, Mask]:
 
 
 def parse_codes(text: pa.LargeStringArray) -> tuple[Ids, list[str]]:
-    """Number the distinct texts by first appearance.
+    """Number the distinct names, which may be integers, by first appearance.
 
     Returns:
         codes: (rows,) int64, -1 where there is none; names: the text of each code.
 
     Example:
-        >>> parse_codes(pa.array(["b", "a", None, "b"], pa.large_string()))
-        (array([ 0,  1, -1,  0]), ['b', 'a'])
+        >>> parse_codes(pa.array(["7", "5.0", None, "7.0"], pa.large_string()))
+        (array([ 0,  1, -1,  0]), ['7', '5'])
     """
     text = pc.utf8_trim_whitespace(text)
     if pc.all(pc.match_substring_regex(text, _INTEGER)).as_py():
         # a column of integers with an empty value becomes one of floats in pandas: 7 is written as 7.0
         text = pc.replace_substring_regex(text, r"\.0*$", "")
+    return encode(text)
+
+
+def encode(text: pa.LargeStringArray) -> tuple[Ids, list[str]]:
+    """Number the distinct texts, exactly as they are, by first appearance; -1 for none."""
     encoded = pc.dictionary_encode(text)
     codes = pc.fill_null(pc.cast(encoded.indices, pa.int64()), -1).to_numpy()
     return codes, encoded.dictionary.to_pylist()

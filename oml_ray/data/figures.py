@@ -37,7 +37,8 @@ def _polygon(corners: int) -> Shape:
 
     def distance(x: Floats, y: Floats) -> Floats:
         radius = np.hypot(x, y)
-        return radius * np.cos(np.mod(np.arctan2(y, x), 2 * half) - half) - np.cos(half)
+        edge: Floats = radius * np.cos(np.mod(np.arctan2(y, x), 2 * half) - half) - np.cos(half)
+        return edge
 
     return distance
 
@@ -49,7 +50,8 @@ def _star(points: int, notch: float) -> Shape:
     def distance(x: Floats, y: Floats) -> Floats:
         turn = np.abs(np.mod(np.arctan2(y, x), 2 * half) - half)
         radius = np.hypot(x, y)
-        return (rise * (radius * np.cos(turn) - notch) - run * radius * np.sin(turn)) / np.hypot(rise, run)
+        edge: Floats = (rise * (radius * np.cos(turn) - notch) - run * radius * np.sin(turn)) / np.hypot(rise, run)
+        return edge
 
     return distance
 
@@ -57,7 +59,8 @@ def _star(points: int, notch: float) -> Shape:
 def _bars(*boxes: tuple[float, float, float, float]) -> Shape:
     def distance(x: Floats, y: Floats) -> Floats:
         sides = [np.maximum.reduce([left - x, x - right, top - y, y - bottom]) for left, top, right, bottom in boxes]
-        return np.asarray(np.minimum.reduce(sides))
+        edge: Floats = np.minimum.reduce(sides)
+        return edge
 
     return distance
 

@@ -181,11 +181,12 @@ def check_files_exist(table: Table, ids: Ids | None = None) -> None:
     ids = np.arange(len(table)) if ids is None else np.asarray(ids, dtype=np.int64)
     paths = table.paths.take(pa.array(ids))
     directories, names = col.split_paths(paths)
-    codes, places = col.parse_codes(directories)
+    codes, places = col.encode(directories)
     order = np.argsort(codes, kind="stable")
-    ends = np.searchsorted(codes[order], np.arange(len(places)), side="right")
+    bounds = np.searchsorted(codes[order], np.arange(len(places) + 1))
     missing = np.zeros(len(ids), dtype=np.bool_)
-    for place, rows in zip(places, np.split(order, ends[:-1]), strict=True):
+    for code, place in enumerate(places):
+        rows = order[bounds[code] : bounds[code + 1]]
         found = list_files(place if is_uri(place) else join(table.root, place))
         if is_uri(place):
             found += [quote(name) for name in found]
@@ -218,11 +219,18 @@ def _load(source: str) -> tuple[dict[str, pa.LargeStringArray], int]:
     read = _read_csv if suffix == ".csv" else _read_parquet
     try:
         data = read(filesystem.open_input_file, path)
-        return {name: col.as_text(data[name]) for name in data.column_names}, data.num_rows
+        return {name: _as_text(name, data[name]) for name in data.column_names}, data.num_rows
     except FileNotFoundError:
         raise TableError(f"table {source}: there is no such file") from None
     except (OSError, pa.ArrowException) as error:
         raise TableError(f"table {source} cannot be read: {error}") from None
+
+
+def _as_text(name: str, column: pa.ChunkedArray) -> pa.LargeStringArray:
+    try:
+        return col.as_text(column)
+    except pa.ArrowException as error:
+        raise pa.ArrowInvalid(f"column {name!r} of type {column.type}: {error}") from None
 
 
 def _read_csv(opened: Callable[[str], pa.NativeFile], path: str) -> pa.Table:

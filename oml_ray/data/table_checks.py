@@ -91,16 +91,16 @@ class Checks:
         if not all(name in self.texts for name in BOX):
             return None
         empty = np.stack([col.is_empty(self.texts[name]) for name in BOX], axis=1)  # (rows, 4)
-        some: Mask = empty.any(axis=1)
+        some: Mask = np.logical_or.reduce(empty, axis=1)
         boxes = np.full((self.num_rows, 4), -1, dtype=np.int64)
         bad = np.zeros((self.num_rows, 4), dtype=np.bool_)
         for side, name in enumerate(BOX):
             boxes[:, side], bad[:, side] = col.parse_integers(self.texts[name])
             bad[:, side] |= np.abs(boxes[:, side]) > _INT32_MAX
             self.check(bad[:, side], f"{name} is not a whole number of pixels", name)
-        self.check(some & ~empty.all(axis=1), "a box has some sides but not all four", *BOX)
-        whole: Mask = ~(empty | bad).any(axis=1)
-        negative: Mask = whole & (boxes < 0).any(axis=1)
+        self.check(some & ~np.logical_and.reduce(empty, axis=1), "a box has some sides but not all four", *BOX)
+        whole: Mask = ~np.logical_or.reduce(empty | bad, axis=1)
+        negative = whole & (boxes.min(axis=1) < 0)
         self.check(negative, "a box starts left of or above the image (a side is negative)", *BOX)
         for first, last in (("x_1", "x_2"), ("y_1", "y_2")):
             low, high = boxes[:, BOX.index(first)], boxes[:, BOX.index(last)]
@@ -132,7 +132,7 @@ def find_warnings(
             warnings.append(f"{len(found):,} {what}: {first}")
 
     warn(np.intersect1d(labels[is_train], labels[~is_train]), "labels are in both splits")
-    repeated = ~col.first_of_each(col.parse_codes(paths)[0], *([] if boxes is None else boxes.T))
+    repeated = ~col.first_of_each(col.encode(paths)[0], *([] if boxes is None else boxes.T))
     warn(np.flatnonzero(repeated), "rows repeat the image (path and box) of an earlier row")
     distinct, counts = np.unique(labels[is_train], return_counts=True)
     warn(distinct[counts == 1], "train labels have a single instance")
@@ -153,12 +153,12 @@ def _outside(paths: pa.LargeStringArray, root: str) -> Mask:
     rows = np.flatnonzero(col.as_mask(suspect))
     # one look per directory, not per row; a last `..` is no file name
     directories = pc.extract_regex(paths.take(pa.array(rows)), r"(?s)^(?P<directory>(?:.*/)?(?:\.\.$)?)")
-    encoded = pc.dictionary_encode(pc.struct_field(directories, 0))
+    codes, distinct = col.encode(pc.struct_field(directories, 0))
     filesystem, base = resolve(root)
     inside = base if isinstance(filesystem, fs.LocalFileSystem) else None
-    escapes = np.array([_escapes(name, inside) for name in encoded.dictionary.to_pylist()], dtype=np.bool_)
+    escapes = np.array([_escapes(name, inside) for name in distinct], dtype=np.bool_)
     outside = np.zeros(len(paths), dtype=np.bool_)
-    outside[rows] = escapes[encoded.indices.to_numpy()]
+    outside[rows] = escapes[codes]
     return outside
 
 

@@ -19,14 +19,14 @@ from ray.data import ActorPoolStrategy
 from oml_ray import build
 from oml_ray.config import EmbedConfig, dump, nodes
 from oml_ray.data.filesystem import resolve
-from oml_ray.data.images import EvaluationLoader
+from oml_ray.data.images import Batch, EvaluationLoader
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.session import Needs, check_given, session, unwrapped
-from oml_ray.distributed.stream import Row, configure, fetched, pack, unpack
-from oml_ray.errors import ConfigError
+from oml_ray.distributed.stream import Row, attempt, configure, error_note, fetched, pack, raise_noted, unpack
+from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval.store import Manifest, Store, fingerprint
 from oml_ray.training.run_directory import RunDirectory
@@ -134,7 +134,14 @@ def fill_store(
     loader = build.evaluation_loader(data, table, transform)
     shared = ray.put((loader, rows, np.array(missing)))
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
-    dataset = dataset.map_batches(partial(_load_part, shared, node.rows_per_part), batch_size=None, num_cpus=1)
+    # The memory is declared so that the tasks' arguments differ from the actors': with equal ones Ray Data fuses the
+    # two, and each actor would decode for itself before it embeds.
+    dataset = dataset.map_batches(
+        partial(_load_part, shared, node.rows_per_part),
+        batch_size=None,
+        num_cpus=1,
+        memory=float(3 * transform.size**2 * node.rows_per_part),
+    )
     dataset = dataset.map_batches(
         _Embedder,
         fn_constructor_args=(ray.put(extractor), shared, store, node.batch_size, scaling.use_gpu),
@@ -142,25 +149,23 @@ def fill_store(
         compute=ActorPoolStrategy(size=node.actors),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
-        # Ray's own defaults, but said here they make the actors' arguments differ from the tasks': with equal ones
-        # Ray Data fuses the two, and each actor would decode for itself before it embeds.
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     with counting("embedding", len(rows), "images") as done:
         done(len(rows) - len(missing) * node.rows_per_part if len(missing) < manifest.num_parts else 0)
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            for note in block["note"]:
+                raise_noted(note)
             done(int(block["rows"].sum()))
     return store, manifest
 
 
 def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Row:
     loader, rows, missing = fetched(shared)
-    batches = []
-    for index in block["id"].tolist():
-        start = int(missing[index]) * rows_per_part
-        batches.append(loader.load(rows[start : start + rows_per_part]))
-    return {"part": missing[block["id"]], **pack(batches, min(rows_per_part, len(rows)))}
+    parts = missing[block["id"]]
+    outcomes = [
+        attempt(loader.load, rows[part * rows_per_part : (part + 1) * rows_per_part]) for part in parts.tolist()
+    ]
+    return {"part": parts, **pack(outcomes, min(rows_per_part, len(rows)), loader.transform.size)}
 
 
 class _Embedder:
@@ -174,21 +179,27 @@ class _Embedder:
         loader: EvaluationLoader = fetched(shared)[0]
         self.table, self.store, self.batch_size = loader.reader.table, store, batch_size
 
-    @torch.inference_mode()
     def __call__(self, block: Row) -> Row:
+        notes = []
         for index, part in enumerate(block["part"].tolist()):
-            batch = unpack(block, index)
+            try:
+                self._write(part, unpack(block, index))
+                notes.append("")
+            except OmlRayError as error:
+                notes.append(error_note(error))
+        return {"part": block["part"], "rows": block["count"], "note": notes}
+
+    @torch.inference_mode()
+    def _write(self, part: int, batch: Batch) -> None:
+        chunks = [torch.empty(0, self.extractor.embedding_dim)]
+        if len(batch.ids):
             images = torch.from_numpy(batch.images)
-            chunks = [
-                self.extractor(chunk.to(self.device)).float().cpu()
-                for chunk in torch.split(images, self.batch_size)
-                if len(chunk)
+            chunks += [
+                self.extractor(chunk.to(self.device)).float().cpu() for chunk in torch.split(images, self.batch_size)
             ]
-            empty = torch.empty(0, self.extractor.embedding_dim)
-            embeddings = torch.cat([empty, *chunks]).numpy()  # (rows, dim)
-            bad = dict(zip(batch.bad.tolist(), batch.reasons, strict=True))
-            self.store.write_part(part, columns_of(self.table, batch.ids), embeddings, bad)
-        return {"part": block["part"], "rows": block["count"]}
+        embeddings = torch.cat(chunks).numpy()  # (rows, dim)
+        bad = dict(zip(batch.bad.tolist(), batch.reasons, strict=True))
+        self.store.write_part(part, columns_of(self.table, batch.ids), embeddings, bad)
 
 
 def columns_of(table: Table, ids: Ids) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -19,10 +19,12 @@ import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
 
+from oml_ray import errors
 from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
 from oml_ray.data.plan import Plan, slice_bounds
 from oml_ray.data.samplers import Ids
-from oml_ray.distributed.session import quiet, unwrapped
+from oml_ray.distributed.session import quiet
+from oml_ray.errors import OmlRayError
 from oml_ray.training.context import PlannedBatch
 
 Row = dict[str, Any]
@@ -70,10 +72,9 @@ class RayStream:
         dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // BATCHES_PER_TASK))
         # A rank whose share is less than a CPU still has one task at a time, which then holds that share.
         dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share))
-        with unwrapped():
-            for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-                for index in range(len(block["count"])):
-                    yield unpack(block, index)  # type: ignore[arg-type]
+        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+            for index in range(len(block["count"])):
+                yield unpack(block, index)  # type: ignore[arg-type]
 
 
 def configure(cpus: float | None = None) -> None:
@@ -86,22 +87,58 @@ def configure(cpus: float | None = None) -> None:
         context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=max(1.0, cpus))
 
 
-def pack(batches: list[Batch], size: int) -> Row:
-    """Columns of a block whose rows are batches, padded to `size` images."""
-    images = np.zeros((len(batches), size, *batches[0].images.shape[1:]), dtype=np.uint8)
-    ids = np.full((len(batches), size), -1, dtype=np.int64)
-    for index, batch in enumerate(batches):
-        images[index, : len(batch.ids)], ids[index, : len(batch.ids)] = batch.images, batch.ids
-    bad = [json.dumps([batch.bad.tolist(), list(batch.reasons)]) for batch in batches]
-    return {"images": images, "ids": ids, "count": np.array([len(batch.ids) for batch in batches]), "bad": bad}
+def attempt(load: Callable[..., Batch], ids: Ids, **place: int) -> Batch | OmlRayError:
+    """Load a batch, or return the user's error: what a task raises, Ray Data delivers as text only."""
+    try:
+        return load(ids, **place)
+    except OmlRayError as error:
+        return error
+
+
+def pack(outcomes: Sequence[Batch | OmlRayError], size: int, side: int) -> Row:
+    """Columns of a block whose rows are batches (or what went wrong with them).
+
+    Args:
+        outcomes: batches of at most `size` images.
+        size: images to pad every row to.
+        side: height and width of the images.
+    """
+    images = np.zeros((len(outcomes), size, 3, side, side), dtype=np.uint8)
+    ids = np.full((len(outcomes), size), -1, dtype=np.int64)
+    counts, notes = np.zeros(len(outcomes), dtype=np.int64), []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, OmlRayError):
+            notes.append(error_note(outcome))
+            continue
+        counts[index] = count = len(outcome.ids)
+        images[index, :count], ids[index, :count] = outcome.images, outcome.ids
+        notes.append(json.dumps({"bad": outcome.bad.tolist(), "reasons": list(outcome.reasons)}))
+    return {"images": images, "ids": ids, "count": counts, "note": notes}
 
 
 def unpack(block: Row, index: int) -> Batch:
-    """One batch of a packed block, in memory of its own (blocks are read-only views of the object store)."""
+    """One batch of a packed block, in memory of its own (blocks are read-only views of the object store).
+
+    Raises:
+        OmlRayError: what went wrong with it where it was loaded.
+    """
+    note = json.loads(raise_noted(block["note"][index]))
     count = int(block["count"][index])
-    bad, reasons = json.loads(block["bad"][index])
     images, ids = block["images"][index][:count], block["ids"][index][:count]
-    return Batch(ids.copy(), images.copy(), np.array(bad, dtype=np.int64), reasons)
+    return Batch(ids.copy(), images.copy(), np.array(note["bad"], dtype=np.int64), note["reasons"])
+
+
+def error_note(error: OmlRayError) -> str:
+    """A user's error as a text that travels in a column."""
+    return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
+def raise_noted(note: str) -> str:
+    """Raise the error of a note; return other notes."""
+    if note.startswith('{"error"'):
+        found = json.loads(note)
+        raise getattr(errors, found["error"])(found["message"])
+    return note
 
 
 def ahead(produce: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
@@ -145,19 +182,21 @@ def _load_training(
     loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], epoch: int, first_step: int, first_position: int, rows: Row
 ) -> Row:
     loader, planned = fetched(loaders)[0], fetched(ids)
-    batches = [
-        loader.load(planned[row], epoch=epoch, step=first_step + row, first_position=first_position)
+    outcomes = [
+        attempt(loader.load, planned[row], epoch=epoch, step=first_step + row, first_position=first_position)
         for row in rows["id"].tolist()
     ]
-    return pack(batches, planned.shape[1])
+    return pack(outcomes, planned.shape[1], loader.transform.size)
 
 
 def _load_evaluation(loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], batch_size: int, rows: Row) -> Row:
     loader, wanted = fetched(loaders)[1], fetched(ids)
     starts = (rows["id"] * batch_size).tolist()
-    return pack([loader.load(wanted[start : start + batch_size]) for start in starts], batch_size)
+    outcomes = [attempt(loader.load, wanted[start : start + batch_size]) for start in starts]
+    return pack(outcomes, batch_size, loader.transform.size)
 
 
 @lru_cache(maxsize=4)
 def fetched(reference: ray.ObjectRef[Any]) -> Any:
+    """What a reference stands for, fetched once in each process."""
     return ray.get(reference)

@@ -1,0 +1,171 @@
+"""The main job through Ray: one fp64 run at two world sizes, a worker that dies, bad images, names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from helpers import Gloo, train_config, write_images
+from safetensors.torch import load_file
+
+from oml_ray.cli import main
+from oml_ray.distributed import progress
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def write(config: dict[str, Any], folder: Path) -> str:
+    path = folder / f"{config['run']['name']}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def weights(run: Path) -> dict[str, Any]:
+    name = (run / "checkpoints" / "last").read_text()
+    return load_file(run / "checkpoints" / name / "extractor.safetensors")
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two workers that the others are compared with."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = train_config(small_table, folder, scaling={"num_workers": 2})
+    assert main(["train", write(config, folder)]) == 0
+    return folder / "run"
+
+
+def test_everything_of_a_run_lies_in_its_folder(unbroken: Path) -> None:
+    names = {path.name for path in unbroken.iterdir()}
+    assert names == {
+        "config.yaml", "checkpoints", "history.jsonl", "metrics.json", "report.html", "embeddings", "tensorboard",
+    }  # fmt: skip
+    metrics = json.loads((unbroken / "metrics.json").read_text())
+    assert metrics["counts"] == {"queries": 12, "gallery": 12, "without_ground_truth": 0, "bad_images": 0}
+    low, high = metrics["overall"]["cmc"]["1"]["ci95"]
+    assert low <= metrics["overall"]["cmc"]["1"]["value"] <= high
+    assert {"train/step", "train/iter_first_batch", "evaluate/embed"} <= set(metrics["timings"])
+    assert (unbroken / "checkpoints" / "best").read_text().startswith("step_")
+    assert list((unbroken / "tensorboard").glob("events*"))
+
+
+def test_the_final_evaluation_agrees_with_the_validation(unbroken: Path) -> None:
+    """Two ways to the same numbers: the workers' inline search, and the pool of actors over the store."""
+    history = [json.loads(line) for line in (unbroken / "history.jsonl").read_text().splitlines()]
+    best = (unbroken / "checkpoints" / "best").read_text()
+    row = next(row for row in history if row["kind"] == "validation" and f"step_{row['step']:08d}" == best)
+    overall = json.loads((unbroken / "metrics.json").read_text())["overall"]
+    for family, ranks in overall.items():
+        for k, entry in ranks.items():
+            assert entry["value"] == pytest.approx(row[f"{family}.{k}"], abs=1e-9)
+
+
+def test_ray_and_a_plain_process_train_the_same_parameters(
+    unbroken: Path, small_table: Path, tmp_path: Path, gloo: Gloo
+) -> None:
+    config = train_config(small_table, tmp_path)
+    gloo(1, [{"config": config}])
+    assert difference(weights(unbroken), weights(tmp_path / "run")) < 1e-10
+
+
+def test_a_finished_run_is_left_alone(unbroken: Path, small_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.name != "config.yaml"}
+    config = train_config(small_table, unbroken.parent, scaling={"num_workers": 3})
+    assert main(["train", write(config, unbroken.parent)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.name != "config.yaml"}
+
+
+def test_another_config_under_a_used_name_is_refused(
+    unbroken: Path, small_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config(small_table, unbroken.parent, optimizer={"lr": 0.5}, seed=8)
+    assert main(["train", write(config, unbroken.parent)]) == 2
+    captured = capsys.readouterr()
+    assert "differing keys: seed, optimizer.lr." in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_run_continues_with_another_number_of_workers(unbroken: Path, small_table: Path, tmp_path: Path) -> None:
+    """As if the driver was killed after the first epoch: what came later is taken away, then 3 workers go on."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert len(steps) == 2
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / steps[1])
+    for pointer in ("best", "last"):
+        (tmp_path / "run" / "checkpoints" / pointer).write_text(steps[0])
+    for name in ("metrics.json", "report.html"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "embeddings")
+    config_file = tmp_path / "run" / "config.yaml"
+    config_file.write_text(config_file.read_text().replace(str(unbroken.parent), str(tmp_path)))
+    config = train_config(small_table, tmp_path, scaling={"num_workers": 3})
+    assert main(["train", write(config, tmp_path)]) == 0
+    assert difference(weights(unbroken), weights(tmp_path / "run")) < 1e-10
+    histories = [(run / "history.jsonl").read_text().splitlines() for run in (unbroken, tmp_path / "run")]
+    rows = [[(row["kind"], row["step"]) for row in map(json.loads, history)] for history in histories]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(
+    unbroken: Path, small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training process is killed (-9) when the first epoch is validated; the end is that of the unbroken run."""
+    killed: list[int] = []
+
+    def kill_one(text: str) -> None:
+        if text.startswith("epoch 1:") and not killed:
+            workers = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+            ]
+            killed.append(workers[-1].pid)
+            os.kill(workers[-1].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(progress, "say", kill_one)
+    config = train_config(
+        small_table, tmp_path, scaling={"num_workers": 2}, checkpoint={"metric": "cmc.1", "every_steps": 1}
+    )
+    assert main(["train", write(config, tmp_path)]) == 0
+    assert killed
+    assert difference(weights(unbroken), weights(tmp_path / "run")) < 1e-10
+
+
+def test_a_bad_train_image_ends_the_run_with_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    table = write_images(tmp_path / "t", labels=10, instances=3, validation=3)
+    image = tmp_path / "t" / "images" / "2_1.png"
+    image.write_bytes(image.read_bytes()[:-200])
+    config = train_config(table, tmp_path, scaling={"num_workers": 2, "max_failures": 3})
+    config["validation"] = {"at_start": False}
+    assert main(["train", write(config, tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("oml-ray: ")
+    assert "row 7, image" in error
+    assert "2_1.png: not a readable image" in error
+    assert error.count("\n") == 1, error
+
+
+def test_bad_images_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
+    table = write_images(tmp_path / "t", labels=10, instances=3, validation=3)
+    for name in ("2_1", "8_2"):  # one to train on, one of the gallery
+        (tmp_path / "t" / "images" / f"{name}.png").write_text("text")
+    config = train_config(table, tmp_path, scaling={"num_workers": 2}, data={"on_bad_image": "skip"})
+    assert main(["train", write(config, tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["counts"] == {"queries": 6, "gallery": 2, "without_ground_truth": 2, "bad_images": 2}
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "2_1.png" in report
+    assert "8_2.png" in report
