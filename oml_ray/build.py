@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from oml_ray import __version__
-from oml_ray.config import TrainConfig, nodes
+from oml_ray.config import TrainConfig, nodes, validate
 from oml_ray.data import transforms
 from oml_ray.data.figures import write_figures
 from oml_ray.data.filesystem import is_uri, join, resolve
@@ -123,19 +123,20 @@ def extractor(node: nodes.Extractor, size: int) -> Extractor:
         ConfigError: timm has no such model.
         CheckpointError: the weights are of another architecture.
     """
-    folder = None
-    if node.weights is not None and (is_uri(node.weights) or not Path(node.weights).suffix):
-        folder = checkpoints.locate(node.weights)
+    from_run = node.weights is not None and not Path(node.weights).suffix
     built = timm_extractor(
         node.model,
         size=size,
         pretrained=node.pretrained,
-        weights=read_weights(node.weights) if node.weights is not None and folder is None else None,
+        weights=read_weights(node.weights) if node.weights is not None and not from_run else None,
         embedding_dim=node.embedding_dim,
         hidden_dims=node.hidden_dims,
         normalize=node.normalize,
     )
-    return built if folder is None else _load_extractor(built, folder, node)
+    if node.weights is not None and from_run:
+        with checkpoints.located(node.weights) as folder:
+            return _load_extractor(built, folder, node)
+    return built
 
 
 def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
@@ -144,10 +145,14 @@ def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
     Raises:
         CheckpointError: it is absent, damaged or of an unknown format.
     """
-    folder = checkpoints.locate(checkpoint)
-    config = TrainConfig.model_validate(checkpoints.read_meta(folder)["config"])
-    node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
-    return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
+    with checkpoints.located(checkpoint) as folder:
+        meta = checkpoints.read_meta(folder)
+        try:
+            config = validate(TrainConfig, meta["config"], f"{folder}/{checkpoints.META}")
+        except (KeyError, ConfigError) as error:
+            raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
+        node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
+        return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
 
 
 def _load_extractor(built: Extractor, folder: Path, node: nodes.Extractor) -> Extractor:

@@ -217,8 +217,8 @@ def _draw(rng: np.random.Generator, shape: Shape, texture: Texture, colors: Floa
     x, y = np.meshgrid(steps, steps)
     image = _background(rng, x, y)  # (y, x, channel)
 
-    scale = rng.uniform(0.88, 0.98)
-    center_x, center_y = rng.uniform(-1.0, 1.0, 2) * 0.16
+    scale = rng.uniform(0.9, 1.0)
+    center_x, center_y = rng.uniform(-1.0, 1.0, 2) * 0.14
     u, v = _turned(x - center_x, y - center_y, rng.uniform(0.0, 2 * np.pi))
     u, v = u / scale, v / scale
     pixel = 2.0 / size / scale
@@ -239,13 +239,13 @@ def _background(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     The waves are grey on average: what an untrained network averages over an image still tells of the figure, while
     local edges and colours do not. This holds untrained networks of both kinds to about a third of the queries.
     """
-    light = rng.uniform(118.0, 138.0)
+    light = rng.uniform(106.0, 150.0)
     slope = _turned(x, y, rng.uniform(0.0, 2 * np.pi))[0][..., None]
     image = light + slope * rng.uniform(-6.0, 6.0, 3)
     for _ in range(2):
         ramp = _turned(x, y, rng.uniform(0.0, np.pi))[0]
         wave = np.sin(rng.uniform(12.0, 30.0) * ramp + rng.uniform(0.0, 2 * np.pi))
-        image = image + wave[..., None] * rng.uniform(-145.0, 145.0, 3)
+        image = image + wave[..., None] * rng.uniform(-125.0, 125.0, 3)
     for _ in range(rng.integers(1, 3)):
         across = _turned(x, y, rng.uniform(0.0, np.pi))[0] - rng.uniform(-0.9, 0.9)
         image[np.abs(across) < rng.uniform(0.02, 0.07)] = light + rng.uniform(-100.0, 100.0, 3)

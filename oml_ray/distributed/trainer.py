@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +90,16 @@ def train(config: TrainConfig) -> None:
         evaluate.measure(run, config, table, extractor, config.transforms.eval, History(run).rows)  # type: ignore[arg-type]
 
 
-def fit(config: TrainConfig, table: Table, run: RunDirectory) -> None:
-    """Run the training loop on Ray Train workers, in a session that is there."""
+def fit(
+    config: TrainConfig, table: Table, run: RunDirectory, work: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Run `work` (the training loop) on Ray Train workers, in a session that is there."""
     quiet()
     scaling = config.scaling
     loaders = build.training_loader(config, table), build.evaluation_loader(config.data, table, config.transforms.eval)  # type: ignore[arg-type]
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
-        _work,
+        work or _work,
         train_loop_config={"config": config.model_dump(mode="json"), "loaders": ray.put(loaders), "monitor": monitor},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -158,6 +161,11 @@ class RayContext:
 
 def _work(payload: dict[str, Any]) -> None:
     """What each worker runs; a restarted one continues from the run's last checkpoint."""
+    build_loop(payload).train()
+
+
+def build_loop(payload: dict[str, Any]) -> Loop:
+    """Build the loop of one worker from what `fit` sends to all of them."""
     config = validate(TrainConfig, payload["config"], "config")
     training_loader, _ = ray.get(payload["loaders"])
     table: Table = training_loader.reader.table
@@ -167,7 +175,7 @@ def _work(payload: dict[str, Any]) -> None:
         plan, payload["loaders"], context.get_world_rank(), context.get_world_size(), config.scaling.data_cpus
     )
     learner = build.learner(config)
-    loop = Loop(
+    return Loop(
         RayContext(stream, payload["monitor"]),
         RunDirectory(config.run.storage, config.run.name),
         plan,
@@ -179,4 +187,3 @@ def _work(payload: dict[str, Any]) -> None:
         build.settings(config),
         build.checkpoint_meta(config, table),
     )
-    loop.train()

@@ -16,6 +16,8 @@ import json
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import pyarrow.fs
 import torch
 from safetensors.torch import load_file, save_file
 
-from oml_ray.data.filesystem import is_uri, resolve
+from oml_ray.data.filesystem import join, resolve
 from oml_ray.errors import CheckpointError, reason_of
 from oml_ray.learning.weights import State
 from oml_ray.training.run_directory import RunDirectory, write_atomically
@@ -52,7 +54,7 @@ class Checkpoint:
     extractor: State
     """Weights of the extractor."""
     training: dict[str, Any]
-    """States of criterion, optimizer and scaler."""
+    """States of criterion, optimizer and scaler (the learning rate is a function of the step)."""
     position: Position
     """The next batch."""
     best: float | None
@@ -112,20 +114,24 @@ def _prune(run: RunDirectory, keep: int) -> None:
 
 def latest(run: RunDirectory) -> Checkpoint | None:
     """Return the last checkpoint of a run, None before the first."""
-    name = run.read_text(FOLDER, "last")
-    return None if name is None else read(run.fetch(FOLDER, name.strip()))
+    if run.read_text(FOLDER, "last") is None:
+        return None
+    with located(join(run.uri, FOLDER, "last")) as folder:
+        return read(folder)
 
 
-def locate(uri: str) -> Path:
-    """Return a local checkpoint folder for a path or URI of one, or of a run's `best` or `last`.
+@contextmanager
+def located(uri: str) -> Iterator[Path]:
+    """Have a local checkpoint folder for a path or URI of one, or of a run's `best` or `last`.
+
+    Behind a URI it is a copy of this process's own, gone after the body of the `with`.
 
     Raises:
         CheckpointError: there is none.
     """
     filesystem, path = resolve(uri)
     try:
-        kind = filesystem.get_file_info(path).type
-        if kind == pyarrow.fs.FileType.File:
+        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
             with filesystem.open_input_stream(path) as stream:
                 name = stream.read(256).decode("utf-8", "replace").strip()
             if not name.startswith("step_") or "/" in name:
@@ -133,14 +139,15 @@ def locate(uri: str) -> Path:
             path = f"{path.rpartition('/')[0]}/{name}"
         if filesystem.get_file_info(f"{path}/{META}").type != pyarrow.fs.FileType.File:
             raise CheckpointError(
-                f"There is no checkpoint at {uri}: give a folder that holds {META}, or a run's checkpoints/best "
+                f"There is no checkpoint at {path}: give a folder that holds {META}, or a run's checkpoints/best "
                 "or checkpoints/last."
             )
-        if isinstance(filesystem, pyarrow.fs.LocalFileSystem) or not is_uri(uri):
-            return Path(path)
-        local = Path(tempfile.mkdtemp(prefix="oml_ray-checkpoint-"))
-        pyarrow.fs.copy_files(path, str(local), source_filesystem=filesystem)
-        return local
+        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory(prefix="oml_ray-checkpoint-") as local:
+            pyarrow.fs.copy_files(path, local, source_filesystem=filesystem)
+            yield Path(local)
     except OSError as error:
         raise CheckpointError(f"The checkpoint {uri} cannot be read: {error}.") from None
 

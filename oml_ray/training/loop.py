@@ -100,7 +100,7 @@ class Loop:
         dtype = torch.float64 if settings.precision == "fp64" else torch.float32
         self.learner = learner.to(context.device, dtype)
         self.bounds = slice_bounds(plan.batch_size, context.world_size)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.factor, self._base_lrs = factor, [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.precision == "fp16")
         self.timings = Timings()
         self.position, self.epoch = Position(0, 0, 0), _Epoch()
@@ -114,6 +114,11 @@ class Loop:
         """Steps of the whole training."""
         return self.settings.epochs * self.plan.steps_per_epoch
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step (of the backbone, where parts have their own)."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def train(self) -> None:
         """Train to the end of the last epoch, validating and checkpointing on the way.
 
@@ -121,8 +126,7 @@ class Loop:
             RunError: the loss is not finite.
         """
         settings, start = self.settings, self.position
-        self._freeze(start.epoch < settings.freeze_epochs)
-        self._wrap()
+        self.wrap()
         if start.global_step == 0 and settings.validate_at_start:
             self._validate(epoch=-1)
         stream = self.context.stream.training(start.epoch, start.step, settings.epochs)
@@ -131,9 +135,9 @@ class Loop:
             is_first = planned.step == 0 or self.position == start
             arrived = time.perf_counter()
             self.timings.add("train/iter_first_batch" if is_first else "train/iter_batch", arrived - waiting)
-            if is_first and self._freeze(planned.epoch < settings.freeze_epochs):
-                self._wrap()
-            self._step(planned)
+            if is_first and self._frozen != (planned.epoch < settings.freeze_epochs):
+                self.wrap()
+            self.learn(planned)
             done = time.perf_counter()
             self.timings.add("train/step", done - arrived)
             self.epoch.seconds += done - waiting
@@ -157,7 +161,6 @@ class Loop:
                 self.learner.extractor.load_state_dict(found.extractor)
                 self.learner.criterion.load_state_dict(found.training["criterion"])
                 self.optimizer.load_state_dict(found.training["optimizer"])
-                self.schedule.load_state_dict(found.training["schedule"])
                 self.scaler.load_state_dict(found.training["scaler"])
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:300]
@@ -173,24 +176,25 @@ class Loop:
             self.history.rewind(self.position.global_step if found else -1)
             self.events = SummaryWriter(str(self.run.path(EVENTS)), purge_step=self.position.global_step or None)
 
-    def _freeze(self, frozen: bool) -> bool:
-        """Freeze or thaw the backbone; whether that changed anything."""
-        changed = frozen != self._frozen
-        if changed:
-            self.learner.extractor.freeze_backbone(frozen)
-            self._frozen = frozen
-        return changed
-
-    def _wrap(self) -> None:
-        """(Re)build DDP: it counts the learning parameters once, when it is built."""
+    def wrap(self) -> None:
+        """(Re)build DDP for the present epoch: it counts the learning parameters once, when it is built."""
+        self._frozen = self.position.epoch < self.settings.freeze_epochs
+        self.learner.extractor.freeze_backbone(self._frozen)
         if self.context.world_size > 1:
             devices = [self.context.device] if self.context.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(self.learner, device_ids=devices, gradient_as_bucket_view=True)
 
-    def _step(self, planned: PlannedBatch) -> None:
+    def learn(self, planned: PlannedBatch) -> None:
+        """Take one step on this rank's slice of a global batch.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
         settings, step = self.settings, self.position.global_step
         self.learner.train()
         seed_step(settings.seed, step, self.context.rank)
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * self.factor(step)
         batch = planned.batch
         images = torch.from_numpy(batch.images).to(self.context.device, non_blocking=True)
         labels = torch.from_numpy(self.labels[batch.ids]).to(self.context.device)
@@ -208,19 +212,17 @@ class Loop:
                 f"The loss became {value} at step {step} (epoch {planned.epoch}): lower optimizer.lr, set "
                 "training.clip_grad_norm, or use training.precision: fp32."
             )
-        lr = float(self.schedule.get_last_lr()[0])
-        self.schedule.step()
         self.position = Position(planned.epoch, planned.step + 1, step + 1)
         self.epoch.loss += value
         self.epoch.steps += 1
         self.epoch.bad_images.update(zip(batch.bad.tolist(), batch.reasons, strict=True))
         if self._writes:
-            self._tell(value, lr, logs)
+            self._tell(value, logs)
 
-    def _tell(self, loss: float, lr: float, logs: dict[str, torch.Tensor]) -> None:
+    def _tell(self, loss: float, logs: dict[str, torch.Tensor]) -> None:
         step = self.position.global_step
         if step % self.settings.log_every == 0:
-            scalars: dict[str, Any] = {"loss": loss, "lr": lr, **logs}
+            scalars: dict[str, Any] = {"loss": loss, "lr": self.lr, **logs}
             for name, value in scalars.items():
                 self.events.add_scalar(f"train/{name}", float(value), step)
         seconds = self.epoch.seconds / max(1, self.epoch.steps - 1)
@@ -245,7 +247,7 @@ class Loop:
             "epoch": epoch,
             "step": self.position.global_step,
             "loss": sums.loss / sums.steps,
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": self.lr,
             "images_per_s": self.plan.batch_size * sums.steps / sums.seconds,
             "seconds": sums.seconds,
             "num_bad_images": len(bad_images),
@@ -297,7 +299,6 @@ class Loop:
             training = {
                 "criterion": self.learner.criterion.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
             }
             sums = self.epoch

@@ -21,7 +21,7 @@ from oml_ray.errors import StorageError
 
 
 class RunDirectory:
-    """Names, writes, publishes and fetches the files of one run."""
+    """Names, writes, publishes and reads the files of one run."""
 
     def __init__(self, storage: str, name: str) -> None:
         """Open (and create) the directory.
@@ -62,18 +62,12 @@ class RunDirectory:
     def publish(self, *parts: str) -> None:
         """Make a written file or folder part of the run behind a URI."""
         if self._is_remote:
+            is_folder = self.path(*parts).is_dir()
             try:
+                self._filesystem.create_dir(self._at(*(parts if is_folder else parts[:-1])), recursive=True)
                 pyarrow.fs.copy_files(str(self.path(*parts)), self._at(*parts), destination_filesystem=self._filesystem)
             except OSError as error:
                 raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be uploaded: {error}.") from None
-
-    def fetch(self, *parts: str) -> Path:
-        """Return the local path of a file or folder after bringing it from behind the URI, where it exists."""
-        local = self.path(*parts)
-        if self._is_remote and self._filesystem.get_file_info(self._at(*parts)).type != pyarrow.fs.FileType.NotFound:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.fs.copy_files(self._at(*parts), str(local), source_filesystem=self._filesystem)
-        return local
 
     def remove(self, *parts: str) -> None:
         """Remove a file or folder of the run, wherever it lies."""
@@ -102,9 +96,14 @@ class RunDirectory:
         self.publish(*parts)
 
     def read_text(self, *parts: str) -> str | None:
-        """Text of a small file, None where there is none."""
-        path = self.fetch(*parts)
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        """Text of a small published file, None where there is none."""
+        try:
+            with self._filesystem.open_input_stream(self._at(*parts)) as stream:
+                return bytes(stream.read()).decode("utf-8")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be read: {error}.") from None
 
     def _at(self, *parts: str) -> str:
         return "/".join([self._remote, *parts])

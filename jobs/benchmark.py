@@ -1,0 +1,33 @@
+"""Benchmarks: every figure is a ratio of two things alternated in one run, with its spread.
+
+Run as `python -m jobs.benchmark SUITE --table TABLE`, on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jobs.benchmarks import input as input_suite
+
+SUITES = {"input": input_suite.suite}
+
+
+def main() -> None:
+    """Run a suite, print its table and write benchmark.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--table", required=True, help="CSV or Parquet table of real images")
+    parser.add_argument("--root", help="what its paths are relative to")
+    parser.add_argument("--rounds", type=int, default=9, help="alternations of the two sides")
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
+    parsed = parser.parse_args()
+    figures = SUITES[parsed.suite](table=parsed.table, root=parsed.root, rounds=parsed.rounds)
+    for figure in figures:
+        print(figure.row())
+    parsed.out.write_text(json.dumps([figure.document() for figure in figures], indent=1))
+
+
+if __name__ == "__main__":
+    main()

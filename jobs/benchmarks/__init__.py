@@ -1,0 +1,1 @@
+"""Suites of jobs/benchmark.py: each returns figures, every one a ratio of two things alternated in one run."""

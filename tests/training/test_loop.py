@@ -1,0 +1,117 @@
+"""The loop in one plain process, no Ray: precisions, freezing, the best checkpoint, history, bad losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import train_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from oml_ray import build
+from oml_ray.config import TrainConfig, validate
+from oml_ray.errors import RunError
+from oml_ray.training import checkpoint as checkpoints
+from oml_ray.training.context import LocalContext
+from oml_ray.training.loop import Loop
+from oml_ray.training.run_directory import RunDirectory
+
+
+def loop(table: Path, folder: Path, **nodes: Any) -> Loop:
+    config = validate(TrainConfig, train_config(table, folder, **nodes), "test")
+    found = build.table(config.data, config.run.storage)
+    stream = build.local_stream(config, found)
+    learner = build.learner(config)
+    return Loop(
+        LocalContext(stream),
+        RunDirectory(config.run.storage, config.run.name),
+        stream.plan,
+        found.labels,
+        learner,
+        build.optimizer(config, learner),
+        build.factor(config, stream.plan.steps_per_epoch),
+        build.validator(config, found),
+        build.settings(config),
+        build.checkpoint_meta(config, found),
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_every_precision_learns(small_table: Path, tmp_path: Path, precision: str) -> None:
+    trained = loop(small_table, tmp_path, training={"epochs": 3, "precision": precision})
+    trained.train()
+    losses = [row["loss"] for row in trained.history.rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    expected = torch.float64 if precision == "fp64" else torch.float32
+    assert {parameter.dtype for parameter in trained.learner.parameters()} == {expected}
+
+
+def test_history_and_events_tell_the_run(small_table: Path, tmp_path: Path) -> None:
+    trained = loop(small_table, tmp_path, training={"epochs": 2, "log_every": 2}, validation={"every": 2})
+    trained.train()
+    rows = trained.history.rows
+    assert [(row["kind"], row["epoch"], row["step"]) for row in rows] == [
+        ("validation", -1, 0), ("train", 0, 4), ("train", 1, 8), ("validation", 1, 8),
+    ]  # fmt: skip
+    assert rows[1]["images_per_s"] == pytest.approx(4 * 15 / rows[1]["seconds"])
+    assert {"train/step", "train/iter_first_batch", "train/iter_batch"} <= set(rows[1]["timings"])
+    assert rows[1]["timings"]["train/step"]["count"] == 4
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
+    assert [event.step for event in events.Scalars("validation/cmc.1")] == [0, 8]
+    assert len(trained.context.rows) == 2
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 8), ("min", 4)])
+def test_best_follows_the_metric(small_table: Path, tmp_path: Path, mode: str, best: int) -> None:
+    trained = loop(small_table, tmp_path, training={"epochs": 3}, checkpoint={"metric": "cmc.1", "mode": mode})
+    values = iter([0.9, 0.3, 0.5, 0.4])  # before training, then epochs 1 to 3
+    trained.validate = lambda extractor, context: {"cmc.1": next(values)}
+    trained.train()
+    with checkpoints.located(str(tmp_path / "run" / "checkpoints" / "best")) as folder:
+        assert checkpoints.read(folder).position.global_step == best
+
+
+def test_a_frozen_backbone_moves_only_after_its_epochs(small_table: Path, tmp_path: Path) -> None:
+    moved = loop(small_table, tmp_path, training={"epochs": 2, "freeze_epochs": 1})
+    before = {name: value.clone() for name, value in moved.learner.extractor.backbone.state_dict().items()}
+    states = []
+    moved.validate = lambda extractor, context: (
+        states.append({name: value.clone() for name, value in extractor.backbone.state_dict().items()})
+        or {"cmc.1": 0.5}
+    )
+    moved.train()
+    at_start, after_first, after_second = states
+    for name, value in before.items():
+        assert torch.equal(at_start[name], value)
+        assert torch.equal(after_first[name], value)
+    assert any(not torch.equal(after_second[name], value) for name, value in before.items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_table: Path, tmp_path: Path) -> None:
+    broken = loop(small_table, tmp_path)
+    with torch.no_grad():
+        broken.learner.extractor.projection[0].weight.fill_(torch.nan)
+    broken.wrap()
+    batch = next(iter(broken.context.stream.training(0, 0, 1)))
+    with pytest.raises(RunError, match=r"The loss became nan at step 0 \(epoch 0\): lower optimizer.lr"):
+        broken.learn(batch)
+
+
+def test_clipping_bounds_the_step(small_table: Path, tmp_path: Path) -> None:
+    """Under plain SGD a step is lr times the gradient: clipped to norm c, parameters move by lr * c."""
+    clipped = loop(
+        small_table,
+        tmp_path,
+        optimizer={"name": "sgd", "lr": 0.5, "weight_decay": 0.0},
+        schedule={"name": "constant"},
+        training={"epochs": 1, "precision": "fp64", "clip_grad_norm": 1e-3},
+    )
+    before = torch.cat([parameter.detach().ravel().clone() for parameter in clipped.learner.parameters()])
+    clipped.wrap()
+    clipped.learn(next(iter(clipped.context.stream.training(0, 0, 1))))
+    after = torch.cat([parameter.detach().ravel() for parameter in clipped.learner.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.5e-3, rel=1e-3)
