@@ -245,7 +245,7 @@ def _background(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     for _ in range(2):
         ramp = _turned(x, y, rng.uniform(0.0, np.pi))[0]
         wave = np.sin(rng.uniform(12.0, 30.0) * ramp + rng.uniform(0.0, 2 * np.pi))
-        image = image + wave[..., None] * rng.uniform(-125.0, 125.0, 3)
+        image = image + wave[..., None] * rng.uniform(-132.0, 132.0, 3)
     for _ in range(rng.integers(1, 3)):
         across = _turned(x, y, rng.uniform(0.0, np.pi))[0] - rng.uniform(-0.9, 0.9)
         image[np.abs(across) < rng.uniform(0.02, 0.07)] = light + rng.uniform(-100.0, 100.0, 3)

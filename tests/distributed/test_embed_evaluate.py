@@ -12,16 +12,19 @@ import pytest
 import ray
 import torch
 import yaml
-from helpers import write_images
+from helpers import train_config, write_images
 
 from oml_ray import build
 from oml_ray.cli import main
-from oml_ray.config import EmbedConfig, nodes, validate
+from oml_ray.config import EmbedConfig, TrainConfig, nodes, validate
 from oml_ray.data.table import read_table
 from oml_ray.distributed import embed
 from oml_ray.distributed.gallery import GalleryPool
 from oml_ray.retrieval import exact
 from oml_ray.retrieval.store import Manifest, Store, embeddings_of
+from oml_ray.training import checkpoint as checkpoints
+from oml_ray.training.checkpoint import Checkpoint, Position
+from oml_ray.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -114,6 +117,24 @@ def test_a_store_of_other_weights_is_refused(
         (embedded / "kept.pth").rename(embedded / "weights.pth")
     error = capsys.readouterr().err
     assert "was made by something else: weights (" in error
+    assert error.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    small_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(str(tmp_path), "trained")
+    config = validate(TrainConfig, train_config(small_table, tmp_path, extractor={"model": "test_resnet"}), "c")
+    state = build.extractor(config.extractor, 32).state_dict()
+    meta = {"config": train_config(small_table, tmp_path)}  # says test_vit
+    checkpoints.save(run, Checkpoint(state, {}, Position(0, 0, 1), None, meta), is_best=True, keep=1)
+    path = Path(write(small_table, tmp_path))
+    tree = yaml.safe_load(path.read_text())
+    tree["source"] = {"checkpoint": str(tmp_path / "trained" / "checkpoints" / "best")}
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["embed", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "is of another architecture than test_vit" in error
     assert error.count("\n") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from helpers import Gloo, train_config, write_images
+from PIL import Image
 from safetensors.torch import load_file
 
 from oml_ray.cli import main
@@ -146,8 +148,9 @@ def test_a_worker_that_dies_is_replaced(
 
 def test_a_bad_train_image_ends_the_run_with_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table = write_images(tmp_path / "t", labels=10, instances=3, validation=3)
-    image = tmp_path / "t" / "images" / "2_1.png"
-    image.write_bytes(image.read_bytes()[:-200])
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "JPEG")
+    (tmp_path / "t" / "images" / "2_1.png").write_bytes(buffer.getvalue()[:900])  # truncated
     config = train_config(table, tmp_path, scaling={"num_workers": 2, "max_failures": 3})
     config["validation"] = {"at_start": False}
     assert main(["train", write(config, tmp_path)]) == 2
