@@ -1,7 +1,8 @@
 """How much of a training step's speed the input leaves: the train loop over the same step on one batch in memory.
 
-Both run in the same workers, in turns. A stretch of the loop starts its own stream, whose first steps (batches that
-were decoded ahead) and last steps (when nothing is left to decode) are not timed.
+Both run in the same workers, in turns. A stretch of the loop starts its own stream and crosses the end of an epoch. It
+is timed from after the first steps, when batches wait decoded ahead, to before the last ones, when as many wait: so
+decoding keeps pace with training in between. What is left of the stream is decoded before the other side begins.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from oml_ray.distributed.stream import BATCHES_AHEAD, BATCHES_PER_TASK
 from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory
 
-UNTIMED = BATCHES_AHEAD + 2 * BATCHES_PER_TASK
+FIRST = 4
+LEFT = 2 * (BATCHES_AHEAD + BATCHES_PER_TASK)
 TARGETS = {"resnet10t": ">= 0.92", "test_vit": ">= 0.72"}
 RESULT = "benchmark.json"
 
@@ -86,18 +88,19 @@ def work(payload: dict[str, Any]) -> None:
 def _stretch_of_loop(loop: Loop, epoch: int, waits: list[float]) -> float:
     """Seconds of one epoch's number of steps in the middle of a stream over the end of an epoch."""
     steps = loop.plan.steps_per_epoch
-    epochs = 1 + -(-(steps + 2 * UNTIMED) // steps)
+    epochs = -(-(FIRST + steps + LEFT) // steps)
     start, seconds = 0.0, 0.0
     dist.barrier()
     waiting = time.perf_counter()
     for number, planned in enumerate(loop.context.stream.training(epoch, 0, epoch + epochs)):
-        if planned.step == 0 and number:
+        if planned.step == 0 and FIRST < number < FIRST + steps:
             waits.append(time.perf_counter() - waiting)
-        if number == UNTIMED:
+        if number == FIRST:
             start = time.perf_counter()
-        if number == UNTIMED + steps:
+        if number == FIRST + steps:
             seconds = time.perf_counter() - start
-        loop.learn(planned)
+        if number < FIRST + steps:
+            loop.learn(planned)
         waiting = time.perf_counter()
     return seconds
 

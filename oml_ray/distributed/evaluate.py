@@ -238,7 +238,7 @@ def _query_blocks(
 def _sample_pairs(queries: Ids, gallery_ids: Ids, table: Table) -> tuple[Ids, Ids, Ids]:
     """Row ids of seeded random queries, each with one gallery item of its label and one of any label, -1 for none."""
     generator = np.random.default_rng(0)
-    chosen = generator.choice(queries, min(len(queries), PAIRS_SAMPLED), replace=False)
+    chosen = generator.choice(queries, PAIRS_SAMPLED)
     order = np.argsort(table.labels[gallery_ids], kind="stable")
     by_label, sorted_labels = gallery_ids[order], table.labels[gallery_ids][order]
     first = np.searchsorted(sorted_labels, table.labels[chosen], "left")

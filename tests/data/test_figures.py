@@ -99,7 +99,7 @@ def test_existing_set_is_left_as_it_is(tmp_path: Path) -> None:
     (target / "images" / "0000_00.png").write_bytes(b"mine")
     assert write_figures(target, n_labels=20, n_instances=2, size=16) == table
     assert (target / "images" / "0000_00.png").read_bytes() == b"mine"
-    with pytest.raises(StorageError, match="holds figures made with.*remove it or name another directory"):
+    with pytest.raises(StorageError, match=r"holds figures made with.*remove it or name another directory"):
         write_figures(target, n_labels=24, n_instances=2, size=16)
     assert [file.name for file in tmp_path.iterdir()] == ["figures"]
 
