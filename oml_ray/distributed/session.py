@@ -71,8 +71,6 @@ def check_given(needs: Needs) -> None:
 def quiet() -> None:
     """Keep Ray's own chatter out of the terminal: its log files have it all."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     context = DataContext.get_current()
@@ -107,7 +105,7 @@ def _check(needs: Needs) -> None:
     if gpus < needs.gpus:
         raise ResourceError(
             f"The Ray cluster has {gpus:g} GPUs, but {needs.gpus:g} are needed: set scaling.use_gpu: false, "
-            "lower the number of workers and actors, or add GPUs to the cluster."
+            "lower scaling.num_workers, evaluation.embed.actors or evaluation.gallery.shards, or add GPUs."
         )
 
 

@@ -70,7 +70,7 @@ class RayStream:
         if num_rows == 0:
             return
         dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // BATCHES_PER_TASK))
-        # A rank whose share is less than a CPU still has one task at a time, which then holds that share.
+        # A rank whose share is less than a CPU has one task at a time, which holds that share.
         dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share))
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             for index in range(len(block["count"])):
@@ -84,7 +84,7 @@ def configure(cpus: float | None = None) -> None:
     context.execution_options.preserve_order = True
     context.target_max_block_size = None
     if cpus is not None:
-        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=max(1.0, cpus))
+        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
 
 
 def attempt(load: Callable[..., Batch], ids: Ids, **place: int) -> Batch | OmlRayError:

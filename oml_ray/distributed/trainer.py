@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from oml_ray.distributed import evaluate, runs
 from oml_ray.distributed.progress import Monitor, say, watching
 from oml_ray.distributed.session import Needs, check_given, quiet, session, unwrapped, user_error
 from oml_ray.distributed.stream import RayStream
+from oml_ray.errors import StorageError
 from oml_ray.training.context import Stream
 from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import History, RunDirectory
@@ -117,7 +119,10 @@ def fit(
         ),
     )
     with watching(monitor, config.checkpoint.metric):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except SystemExit:  # Ray Train's own answer to Ctrl-C
+            raise KeyboardInterrupt from None
     ray.kill(monitor)
     run.remove(RAY_RECORDS)
 
@@ -170,6 +175,12 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     training_loader, _ = ray.get(payload["loaders"])
     table: Table = training_loader.reader.table
     context = ray.train.get_context()
+    run = RunDirectory(config.run.storage, config.run.name)
+    if run.read_text(runs.CONFIG) is None:
+        raise StorageError(
+            f"run.storage: {config.run.storage} on {platform.node()} does not hold what the driver wrote there: "
+            "on several nodes it must be a shared folder or a URI."
+        )
     plan = build.plan(config, table)
     stream = RayStream(
         plan, payload["loaders"], context.get_world_rank(), context.get_world_size(), config.scaling.data_cpus
@@ -177,7 +188,7 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     learner = build.learner(config)
     return Loop(
         RayContext(stream, payload["monitor"]),
-        RunDirectory(config.run.storage, config.run.name),
+        run,
         plan,
         table.labels,
         learner,
