@@ -94,6 +94,7 @@ class Loop:
 
         Raises:
             CheckpointError: the last checkpoint is damaged or of another architecture.
+            RunError: the table has changed since.
         """
         self.context, self.run, self.plan, self.labels = context, run, plan, labels
         self.optimizer, self.validate, self.settings, self.meta = optimizer, validate, settings, meta
@@ -157,6 +158,11 @@ class Loop:
     def _restore(self) -> None:
         found = checkpoints.latest(self.run)
         if found is not None:
+            if found.meta["table"] != self.meta["table"]:
+                raise RunError(
+                    f"The table of {self.run.uri} has changed since its last checkpoint, and the plan with it: put the "
+                    "old table back, choose another run.name, or start afresh with run.resume: never."
+                )
             try:
                 self.learner.extractor.load_state_dict(found.extractor)
                 self.learner.criterion.load_state_dict(found.training["criterion"])
@@ -295,6 +301,7 @@ class Loop:
         return is_best
 
     def _save(self, *, is_best: bool) -> None:
+        bad_images = self._bad_images_of_all_ranks()
         if self._writes:
             training = {
                 "criterion": self.learner.criterion.state_dict(),
@@ -304,7 +311,7 @@ class Loop:
             sums = self.epoch
             epoch = {
                 "loss": sums.loss, "steps": sums.steps, "seconds": sums.seconds,
-                "bad_images": {str(row): reason for row, reason in sums.bad_images.items()},
+                "bad_images": {str(row): reason for row, reason in bad_images.items()},
             }  # fmt: skip
             state = dict(self.learner.extractor.state_dict())
             found = Checkpoint(state, training, self.position, self.best, {**self.meta, "epoch": epoch})

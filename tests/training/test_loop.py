@@ -115,3 +115,12 @@ def test_clipping_bounds_the_step(small_table: Path, tmp_path: Path) -> None:
     clipped.learn(next(iter(clipped.context.stream.training(0, 0, 1))))
     after = torch.cat([parameter.detach().ravel() for parameter in clipped.learner.parameters()])
     assert float((after - before).norm()) == pytest.approx(0.5e-3, rel=1e-3)
+
+
+def test_a_changed_table_is_refused(small_table: Path, tmp_path: Path) -> None:
+    first = loop(small_table, tmp_path, training={"epochs": 1})
+    first.train()
+    text = small_table.read_text()
+    (tmp_path / "df.csv").write_text(text.replace("0,images/0_0.png,train", "1,images/0_0.png,train"))
+    with pytest.raises(RunError, match=r"The table of .* has changed since its last checkpoint"):
+        loop(tmp_path / "df.csv", tmp_path, data={"root": str(small_table.parent)}, training={"epochs": 1})

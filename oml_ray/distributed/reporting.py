@@ -1,0 +1,126 @@
+"""What the report shows of an evaluation: queries with their neighbors, timings, and how it was before training."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oml_ray.config import EvaluateConfig, TrainConfig
+from oml_ray.data.images import ImageReader
+from oml_ray.data.samplers import Ids
+from oml_ray.data.table import Table
+from oml_ray.distributed import runs
+from oml_ray.distributed.progress import say
+from oml_ray.distributed.search import Found, relevance
+from oml_ray.errors import EmbeddingError, ImageError
+from oml_ray.retrieval.report import Picture, QueryRow
+from oml_ray.training.run_directory import RunDirectory
+
+THUMBNAIL = 112
+MISSED_SHOWN = 3
+
+
+def _scores(found: Found) -> NDArray[np.float64]:
+    """Mean of all metrics of each query, (Q,); NaN without a ground truth."""
+    columns = [column for family in found.values.values() for column in family.values()]
+    return np.mean(columns, axis=0) if columns else np.zeros(len(found.queries))
+
+
+def worst_queries(found: Found) -> Ids:
+    """Positions of queries from the lowest score up; among equals, the most confident mistake first."""
+    scores = _scores(found)
+    order = np.lexsort((found.neighbors.distances[:, 0], scores))
+    return order[~np.isnan(scores[order])]
+
+
+def random_queries(found: Found) -> Ids:
+    """Positions of all queries in a seeded random order."""
+    return np.random.default_rng(0).permutation(len(found.queries))
+
+
+def query_rows(found: Found, table: Table, config: TrainConfig | EvaluateConfig, positions: Ids) -> list[QueryRow]:
+    """Pictures of the first of `positions`: queries, their neighbors, and what they missed."""
+    reader = ImageReader(table, max_pixels=config.data.max_pixels)
+    pictures, labels = config.evaluation.pictures, table.labels
+    relevant = relevance(found.neighbors, found.queries, labels)
+    rows = []
+    for position in positions[: pictures.queries].tolist():
+        query = int(found.queries[position])
+        count = min(int(found.neighbors.counts[position]), pictures.neighbors)
+        neighbors = [
+            _picture(reader, int(found.neighbors.ids[position, rank]), float(found.neighbors.distances[position, rank]),
+                     bool(relevant[position, rank]))
+            for rank in range(count)
+        ]  # fmt: skip
+        same = table.is_gallery & (labels == labels[query])
+        same[query] = False
+        if table.sequences[query] >= 0:
+            same &= table.sequences != table.sequences[query]
+        missed = np.setdiff1d(np.flatnonzero(same), [*found.neighbors.ids[position, :count], *found.bad])
+        values = {f"{family}.{k}": float(values[position]) for family, ranks in found.values.items()
+                  for k, values in ranks.items()}  # fmt: skip
+        missed_pictures = [_picture(reader, int(row)) for row in missed[:MISSED_SHOWN]]
+        rows.append(QueryRow(_picture(reader, query), neighbors, missed_pictures, values))
+    return rows
+
+
+def _picture(reader: ImageReader, row: int, distance: float | None = None, relevant: bool | None = None) -> Picture:
+    table = reader.table
+    buffer = io.BytesIO()
+    try:
+        image = reader.read(row)
+    except ImageError as error:
+        # It could be read when it was embedded: the place has lost it since.
+        raise EmbeddingError(f"A picture for the report is gone: {error}") from None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=85)
+    category = int(table.categories[row])
+    where = f", {table.category_names[category]}" if category >= 0 else ""
+    return Picture(buffer.getvalue(), f"row {row}, label {table.labels[row]}{where}", distance, relevant)
+
+
+def baseline(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Metrics before the first step, in the structure of `metrics.json`."""
+    row = next((row for row in history if row["kind"] == "validation" and row["epoch"] < 0), None)
+    if row is None:
+        return None
+    overall: dict[str, dict[str, Any]] = {}
+    for name, value in row.items():
+        family, dot, rank = name.partition(".")
+        if dot:
+            overall.setdefault(family, {})[rank] = {"value": value}
+    return {"overall": overall}
+
+
+def training_timings(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Timings of training, summed over the epochs: total seconds, count and mean."""
+    totals: dict[str, list[float]] = {}
+    for row in history:
+        for name, timing in row.get("timings", {}).items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += timing["total_s"]
+            total[1] += timing["count"]
+    return {
+        name: {"total_s": round(total, 3), "count": int(count), "mean_s": round(total / count, 6)}
+        for name, (total, count) in totals.items()
+    }
+
+
+def print_metrics(metrics: dict[str, Any], before_training: dict[str, Any] | None, run: RunDirectory) -> None:
+    """Print the metrics with their intervals, and what they were before training."""
+    counts = metrics["counts"]
+    say(f"{counts['queries']} queries, {counts['gallery']} gallery items" + (
+        f", {counts['bad_images']} bad images left out" if counts["bad_images"] else ""))  # fmt: skip
+    for family, ranks in metrics["overall"].items():
+        for k, entry in ranks.items():
+            if entry["value"] is None:
+                say(f"  {family}@{k:<4} no query has a ground truth")
+                continue
+            before = before_training and before_training["overall"].get(family, {}).get(k)
+            low, high = entry["ci95"]
+            say(f"  {family + '@' + k:<14} {entry['value']:.4f}  [{low:.4f}, {high:.4f}]" + (
+                f"  before training {before['value']:.4f}" if before else ""))  # fmt: skip
+    say(f"report: {run.path(runs.REPORT)}")
