@@ -78,7 +78,10 @@ def figures_table(storage: str) -> str:
     if filesystem.get_file_info(f"{remote}/df.csv").type == pyarrow.fs.FileType.NotFound:
         with tempfile.TemporaryDirectory() as local:
             write_figures(Path(local) / FIGURES)
-            pyarrow.fs.copy_files(str(Path(local) / FIGURES), remote, destination_filesystem=filesystem)
+            for part in ("images", "df.csv"):  # the table last: where it is, everything is
+                filesystem.create_dir(f"{remote}/images", recursive=True)
+                source = str(Path(local) / FIGURES / part)
+                pyarrow.fs.copy_files(source, f"{remote}/{part}", destination_filesystem=filesystem)
     return join(folder, "df.csv")
 
 

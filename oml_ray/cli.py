@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"oml-ray: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("oml-ray: interrupted; the same command continues the run.", file=sys.stderr)
+        print("oml-ray: interrupted; an unfinished run continues under run.resume: auto.", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -13,6 +13,7 @@ import ray
 import torch
 import yaml
 from helpers import HEADER, train_config
+from ray.cluster_utils import Cluster
 
 from oml_ray.cli import main
 
@@ -161,3 +162,30 @@ def test_too_few_cpus_on_a_given_cluster(small_table: Path, tmp_path: Path, capf
             assert error.count("\n") == 1
     finally:
         ray.shutdown()
+
+
+def test_starting_afresh_spares_what_is_no_run(
+    small_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config(small_table, tmp_path, run={"resume": "never"})
+    (tmp_path / "run" / "embeddings").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "which is no run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "embeddings").exists()
+
+
+def test_a_node_must_hold_a_whole_worker(small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Enough CPUs in all, but no node with four."""
+    config = train_config(small_table, tmp_path, scaling={"num_workers": 1, "cpus_per_worker": 4})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    try:
+        cluster.add_node(num_cpus=3)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        capfd.readouterr()
+        assert main(["train", str(tmp_path / "config.yaml")]) == 2
+        assert "scaling.cpus_per_worker is 4, but the largest node of the Ray cluster has 3" in capfd.readouterr().err
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

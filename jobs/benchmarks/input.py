@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from jobs.benchmarks.figure import Figure
-from oml_ray.config import TrainConfig, validate
+from oml_ray.config import TrainConfig, dump, validate
 from oml_ray.distributed import runs, trainer
 from oml_ray.distributed.session import session, unwrapped
 from oml_ray.distributed.stream import BATCHES_AHEAD, BATCHES_PER_TASK
@@ -54,6 +54,7 @@ def _measure(model: str, table: str, root: str | None, rounds: int) -> Figure:
     config = runs.resolved(validate(TrainConfig, tree, "benchmark"))
     found = trainer.prepare(config)
     run = RunDirectory(config.run.storage, config.run.name)
+    run.write_text(dump(config), runs.CONFIG)
     run.write_text(json.dumps(rounds), "rounds.json")
     with session(trainer.needs(config)), unwrapped():
         trainer.fit(config, found, run, work)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -62,6 +63,15 @@ class CropFlip(Node):
     flip: Probability = 0.5
     """Probability of a horizontal flip."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"{name} must be [smallest, largest] with 0 < smallest <= largest, found {[low, high]}"
+                )
+        return self
+
 
 Transform = Annotated[Resize | CropFlip, Field(discriminator="name")]
 
@@ -109,6 +119,8 @@ class Triplet(Node):
     """Distance by which a negative must be farther than a positive; null: the soft margin."""
     miner: Miner = HardMiner(name="hard")
     """Which triplets of the global batch the loss sees."""
+    bank: None = None
+    """Memory of earlier batches; null: none."""
 
 
 Criterion = Triplet
@@ -135,7 +147,7 @@ class Optimizer(Node):
     """Any optimizer of torch.optim, in any case: adamw, sgd, rmsprop, ..."""
     lr: Rate = 1e-3
     """Learning rate after warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
     """Weight decay."""
     criterion_lr: Rate | None = None
     """Learning rate of the criterion's own parameters; null: `lr`."""
@@ -177,10 +189,14 @@ class Training(Node):
     """Epochs of the plan."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Arithmetic of the extractor: bf16 and fp16 by autocast, fp64 throughout."""
+    micro_batch: None = None
+    """Instances embedded at once; null: the whole slice."""
     clip_grad_norm: Rate | None = None
     """Largest L2 norm of the gradient of all parameters; null: no clipping."""
     freeze_epochs: NonNegative = 0
     """First epochs in which the backbone does not learn."""
+    ema: None = None
+    """Moving average of the weights; null: none."""
     log_every: Positive = 10
     """Steps between two entries of the TensorBoard events and of the progress line."""
 
@@ -245,7 +261,7 @@ class Gallery(Node):
 class Bootstrap(Node):
     samples: Positive = 1000
     """Resamples of the queries."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of the resampling."""
 
 
@@ -283,6 +299,8 @@ class Evaluation(Node):
     """How images become embeddings."""
     gallery: Gallery = Gallery()
     """How neighbors are searched."""
+    rerank: Annotated[list[None], Field(max_length=0)] = []
+    """Re-rankers, applied in order; empty: none."""
     metrics: Metrics = Metrics()
     """What is computed from them."""
     pictures: Pictures = Pictures()

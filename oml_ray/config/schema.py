@@ -13,7 +13,7 @@ from oml_ray.config.nodes import Node
 class TrainConfig(Node):
     """`oml-ray train`: one run from a table to a report."""
 
-    seed: nodes.NonNegative = 42
+    seed: nodes.Seed = 42
     """Seed of everything random."""
     run: nodes.Run
     """Where the run lives."""
@@ -90,6 +90,8 @@ Source = Annotated[
 class EmbedConfig(Node):
     """`oml-ray embed`: a table becomes an embeddings store."""
 
+    seed: nodes.Seed = 42
+    """Seed of what an extractor without weights draws."""
     run: nodes.Run
     """Where the store goes."""
     data: nodes.SplitData

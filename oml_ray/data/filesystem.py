@@ -111,6 +111,9 @@ def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> byt
     """
     filesystem, path = resolve(uri)
     try:
+        if max_bytes is None and isinstance(filesystem, fs.LocalFileSystem):
+            with open(path, "rb") as local:  # half the time of pyarrow's file, which counts with small images
+                return local.read()
         with filesystem.open_input_file(path) as file:
             size = file.size()
             if max_bytes is None or size <= max_bytes:

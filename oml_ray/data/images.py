@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.data.transforms import Pixels, Transform
 from oml_ray.errors import ImageError, StorageError
+
+Image.MAX_IMAGE_PIXELS = None  # `decode` has a bound of its own, which the user sets
 
 OnBadImage = Literal["error", "skip"]
 
@@ -51,26 +54,21 @@ def decode(data: bytes, name: str, box: tuple[int, int, int, int] | None, max_pi
         ImageError: not an image, damaged, too large, or the box leaves the image.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own bound below is stricter than Pillow's warning
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{name}: {image.width} x {image.height} pixels are more than data.max_pixels "
-                    f"({max_pixels}) allows: shrink the image, or raise data.max_pixels if you trust it."
-                )
-            if box and (box[2] > image.width or box[3] > image.height):
-                raise ImageError(
-                    f"{name}: the box (x_1, y_1, x_2, y_2) = {box} leaves the image, which is {image.width} x "
-                    f"{image.height} pixels: correct the box in the table."
-                )
-            rgb = image.convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise ImageError(
+                f"{name}: {image.width} x {image.height} pixels are more than data.max_pixels "
+                f"({max_pixels}) allows: shrink the image, or raise data.max_pixels if you trust it."
+            )
+        if box and (box[2] > image.width or box[3] > image.height):
+            raise ImageError(
+                f"{name}: the box (x_1, y_1, x_2, y_2) = {box} leaves the image, which is {image.width} x "
+                f"{image.height} pixels: correct the box in the table."
+            )
+        image.load()
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ImageError:
         raise
-    except Image.DecompressionBombError:
-        raise ImageError(
-            f"{name}: the header announces more pixels than data.max_pixels ({max_pixels}) allows: remove the image."
-        ) from None
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
         raise ImageError(
             f"{name}: not a readable image ({type(error).__name__}: {error}): replace the file, remove the row, "
@@ -103,6 +101,14 @@ class ImageReader:
         return decode(data, name, box, self.max_pixels)  # type: ignore[arg-type]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore what Pillow warns of: odd metadata in files that decode nevertheless."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class TrainingLoader:
     """Loads slices of planned batches; an image depends on (seed, epoch, step, position) alone."""
 
@@ -122,6 +128,10 @@ class TrainingLoader:
         Raises:
             ImageError: an image is bad and `on_bad_image` is "error", or a label has no readable image left.
         """
+        with _quiet():
+            return self._load(ids, epoch, step, first_position)
+
+    def _load(self, ids: Ids, epoch: int, step: int, first_position: int) -> Batch:
         used = np.array(ids, dtype=np.int64)
         images = np.empty((len(ids), 3, self.transform.size, self.transform.size), dtype=np.uint8)
         bad: dict[int, str] = {}
@@ -172,6 +182,10 @@ class EvaluationLoader:
         Raises:
             ImageError: an image is bad and `on_bad_image` is "error".
         """
+        with _quiet():
+            return self._load(ids)
+
+    def _load(self, ids: Ids) -> Batch:
         generator = np.random.Generator(np.random.Philox(key=0))
         images = np.empty((len(ids), 3, self.transform.size, self.transform.size), dtype=np.uint8)
         kept: list[int] = []

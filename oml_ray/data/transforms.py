@@ -6,6 +6,7 @@ normalisation belong to the extractor: pixels travel as bytes.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,8 @@ class Transform(Protocol):
 
 def to_pixels(image: Image.Image) -> Pixels:
     """Return the image as uint8 (3, height, width)."""
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))  # (3, height, width)
+    flat = np.frombuffer(image.tobytes(), dtype=np.uint8)
+    return flat.reshape(image.height, image.width, 3).transpose(2, 0, 1)  # (3, height, width)
 
 
 class Resize:
@@ -57,19 +59,19 @@ class CropFlip:
             ratio: smallest and largest width over height of the crop.
             flip: probability of a horizontal flip.
         """
-        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self.size, self.scale, self.flip = size, scale, flip
+        self._log_ratio = math.log(ratio[0]), math.log(ratio[1])
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Pixels:
         """Crop, resize and perhaps flip `image`."""
-        area, log_ratio, left, top, coin = generator.random(5)
+        area, log_ratio, left, top, coin = generator.random(5).tolist()
         share = self.scale[0] + area * (self.scale[1] - self.scale[0])
-        low, high = np.log(self.ratio)
-        aspect = np.exp(low + log_ratio * (high - low))
+        low, high = self._log_ratio
+        aspect = math.exp(low + log_ratio * (high - low))
         pixels = share * image.width * image.height
         # A crop wider or taller than the image is clipped to it: elongated images keep their largest crop.
         width, height = min(image.width, (pixels * aspect) ** 0.5), min(image.height, (pixels / aspect) ** 0.5)
         x, y = left * (image.width - width), top * (image.height - height)
         box = (x, y, min(x + width, image.width), min(y + height, image.height))
-        crop = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        pixels_out = to_pixels(crop)
-        return np.ascontiguousarray(pixels_out[:, :, ::-1]) if coin < self.flip else pixels_out
+        out = to_pixels(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        return out[:, :, ::-1] if coin < self.flip else out

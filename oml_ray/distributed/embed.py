@@ -41,12 +41,14 @@ def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
         embed.actors if scaling.use_gpu else 0,
         "evaluation.embed.actors * evaluation.embed.cpus_per_actor + scaling.data_cpus = "
         f"{embed.actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
+        {"evaluation.embed.cpus_per_actor": embed.cpus_per_actor},
     )
 
 
 def source(config: EmbedConfig) -> tuple[Extractor, nodes.Resize]:
     """Build the extractor of a config's source, with the preparation of its images."""
     if isinstance(config.source, nodes.ExtractorSource):
+        torch.manual_seed(config.seed)
         size = config.source.size
         return build.extractor(config.source.extractor, size), nodes.Resize(name="resize", size=size)
     extractor, trained = build.trained_extractor(config.source.checkpoint)
@@ -130,7 +132,7 @@ def fill_store(
     missing = store.begin(manifest)
     if not missing:
         return store, manifest
-    configure(cpus=None)
+    configure(scaling.data_cpus + node.actors * node.cpus_per_actor)
     loader = build.evaluation_loader(data, table, transform)
     shared = ray.put((loader, rows, np.array(missing)))
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
@@ -140,7 +142,7 @@ def fill_store(
         partial(_load_part, shared, node.rows_per_part),
         batch_size=None,
         num_cpus=1,
-        memory=float(3 * transform.size**2 * node.rows_per_part),
+        memory=float(2 * 3 * transform.size**2 * node.rows_per_part),  # the images, and their block
     )
     dataset = dataset.map_batches(
         _Embedder,

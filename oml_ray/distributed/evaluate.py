@@ -55,10 +55,9 @@ def evaluate(config: EvaluateConfig) -> None:
         OmlRayError: the user's error, wherever it came up.
     """
     config, table, extractor, transform = _prepare(config)
-    run = runs.open_run(config)
-    if run.read_text(runs.METRICS) is not None:
-        say(f"{run.uri} is finished; its report is {run.path(runs.REPORT)} (run.resume: never starts it afresh).")
+    if runs.is_finished(config):
         return
+    run = runs.open_run(config)
     with session(needs(config.evaluation, config.scaling)), unwrapped():
         measure(run, config, table, extractor, transform, History(run).rows)
 
@@ -105,7 +104,8 @@ def measure(
         seed=evaluation.metrics.bootstrap.seed,
     )
     timings["evaluate/metrics"] = time.perf_counter() - start
-    bad = {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
+    bad = {str(row): "see the training's log" for entry in history for row in entry.get("bad_rows", [])}
+    bad |= {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
     bad |= {str(row): reason for row, reason in found.bad.items()}
     document = {
         **metrics,

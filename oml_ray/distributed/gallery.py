@@ -27,9 +27,7 @@ BLOCKS_IN_FLIGHT = 2
 
 def needs(gallery: nodes.Gallery, scaling: nodes.Scaling) -> Needs:
     """Logical resources of a gallery."""
-    return Needs(
-        gallery.shards, gallery.shards if scaling.use_gpu else 0, f"evaluation.gallery.shards = {gallery.shards}"
-    )
+    return Needs(gallery.shards, 1 if scaling.use_gpu else 0, f"evaluation.gallery.shards = {gallery.shards}")
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
@@ -91,12 +89,12 @@ class GalleryPool:
             ids: int64 (G,), sorted row ids of the gallery.
             sequences: int64 (G,), -1 = none.
             gallery: backend, number of shards, distance and blocks.
-            use_gpu: give each shard a GPU.
+            use_gpu: have the shards share a GPU (each its part of it, on as many as there are).
         """
         count = max(1, min(gallery.shards, len(ids)))
         bounds = [shard * len(ids) // count for shard in range(count + 1)]
         self.shards: list[ActorHandle[Any]] = [
-            GalleryShard.options(num_cpus=1, num_gpus=1 if use_gpu else 0).remote(  # type: ignore[attr-defined]
+            GalleryShard.options(num_cpus=1, num_gpus=1 / count if use_gpu else 0).remote(  # type: ignore[attr-defined]
                 store, manifest, ids[start:stop], sequences[start:stop], gallery, use_gpu
             )
             for start, stop in itertools.pairwise(bounds)
@@ -133,8 +131,9 @@ class GalleryPool:
 
 def rows_of(store: Store, manifest: Manifest, ids: Ids) -> Iterator[tuple[Ids, Embeddings]]:
     """Yield the rows of a store whose ids are among `ids` (sorted), part by part."""
-    for part in store.parts(manifest, ["id", "embedding"]):
+    for part in store.parts(manifest, ["id", "embedding"], ids):
         found = part.column("id").to_numpy()
-        rows = np.flatnonzero(np.isin(found, ids, assume_unique=True))
+        places = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
+        rows = np.flatnonzero(ids[places] == found)
         if len(rows):
             yield found[rows], embeddings_of(part)[rows]

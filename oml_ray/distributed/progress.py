@@ -28,7 +28,7 @@ class Monitor:
         self._current = row
 
     def report(self, row: dict[str, Any]) -> None:
-        """Add a validation's row."""
+        """Add a row of the history."""
         self._finished.append(row)
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -51,6 +51,14 @@ def _bar() -> Progress:
     )
 
 
+def _line(row: dict[str, Any], metric: str) -> str:
+    """What one row of the history says."""
+    when = "before training" if row["epoch"] < 0 else f"epoch {row['epoch'] + 1}"
+    if row["kind"] == "train":
+        return f"{when}: loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s, {row['seconds']:.1f} s"
+    return f"{when}: {metric} {row[metric]:.4f}"
+
+
 @contextmanager
 def watching(monitor: Any, metric: str) -> Iterator[None]:
     """Show a training's progress during the body of a `with`."""
@@ -60,8 +68,7 @@ def watching(monitor: Any, metric: str) -> Iterator[None]:
     def show() -> None:
         current, finished = ray.get(monitor.read.remote(), timeout=10)
         for row in finished:
-            when = "before training" if row["epoch"] < 0 else f"epoch {row['epoch'] + 1}"
-            say(f"{when}: {metric} {row[metric]:.4f}" + (f", loss {row['loss']:.4f}" if "loss" in row else ""))
+            say(_line(row, metric))
         if current:
             rate = f"{current['images_per_s']:.0f} images/s" if current["images_per_s"] else ""
             description = f"epoch {current['epoch'] + 1}/{current['epochs']}  loss {current['loss']:.4f}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oml_ray.config import EvaluateConfig, TrainConfig
+from oml_ray.data.filesystem import join
 from oml_ray.data.images import ImageReader
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
@@ -123,4 +124,4 @@ def print_metrics(metrics: dict[str, Any], before_training: dict[str, Any] | Non
             low, high = entry["ci95"]
             say(f"  {family + '@' + k:<14} {entry['value']:.4f}  [{low:.4f}, {high:.4f}]" + (
                 f"  before training {before['value']:.4f}" if before else ""))  # fmt: skip
-    say(f"report: {run.path(runs.REPORT)}")
+    say(f"report: {join(run.uri, runs.REPORT)}")

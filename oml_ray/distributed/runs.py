@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 from oml_ray import build
-from oml_ray.config import EmbedConfig, TrainConfig, differing_keys, dump, parse_yaml
-from oml_ray.data.filesystem import is_uri, join, resolve
+from oml_ray.config import EmbedConfig, TrainConfig, differing_keys, dump, nodes, parse_yaml
+from oml_ray.data.filesystem import exists, is_uri, join, resolve
+from oml_ray.distributed.progress import say
 from oml_ray.errors import RunError
 from oml_ray.training.run_directory import RunDirectory
 
@@ -31,6 +32,10 @@ def resolved(config: AnyConfig) -> AnyConfig:
             updates["extractor"] = config.extractor.model_copy(update={"weights": weights})
     elif (path := getattr(config.source, "checkpoint", None)) is not None:
         updates["source"] = config.source.model_copy(update={"checkpoint": _absolute(path)})
+    elif isinstance(config.source, nodes.ExtractorSource) and config.source.extractor.weights:
+        weights = _absolute(config.source.extractor.weights)
+        extractor = config.source.extractor.model_copy(update={"weights": weights})
+        updates["source"] = config.source.model_copy(update={"extractor": extractor})
     return cast(AnyConfig, config.model_copy(update=updates))
 
 
@@ -58,6 +63,15 @@ def check_name(config: TrainConfig | EmbedConfig) -> None:
         )
 
 
+def is_finished(config: TrainConfig | EmbedConfig) -> bool:
+    """Whether the run of this config has its metrics; says so."""
+    uri = join(config.run.storage, config.run.name)
+    if config.run.resume == "never" or not exists(join(uri, METRICS)):
+        return False
+    say(f"{uri} is finished; its report is {join(uri, REPORT)} (run.resume: never starts it afresh).")
+    return True
+
+
 def open_run(config: TrainConfig | EmbedConfig) -> RunDirectory:
     """Open the run's directory: continue what is there, or clear it for `resume: never`.
 
@@ -68,7 +82,14 @@ def open_run(config: TrainConfig | EmbedConfig) -> RunDirectory:
     check_name(config)
     run = RunDirectory(config.run.storage, config.run.name)
     if config.run.resume == "never":
-        clear(run, ["checkpoints", "tensorboard", "history.jsonl", METRICS, REPORT, EMBEDDINGS, CONFIG])
+        names = run.names()
+        if names and CONFIG not in names:
+            raise RunError(
+                f"run.resume: never would replace what lies in {run.uri}, which is no run (it has no {CONFIG}): "
+                "choose another run.name, or remove the folder yourself."
+            )
+        # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
+        clear(run, [METRICS, REPORT, EMBEDDINGS, "checkpoints", "tensorboard", "history.jsonl", CONFIG])
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     return run

@@ -6,15 +6,16 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from oml_ray.distributed.progress import say
 from oml_ray.errors import OmlRayError, ResourceError
 
 
@@ -26,11 +27,13 @@ class Needs:
     gpus: float
     formula: str
     """How the CPUs add up, in config keys."""
+    together: Mapping[str, int] = field(default_factory=dict)
+    """Keys whose CPUs one process holds: they must be found on one node."""
 
     def __or__(self, other: Needs) -> Needs:
         """What two stages need that run one after the other."""
         larger = self if self.cpus >= other.cpus else other
-        return Needs(larger.cpus, max(self.gpus, other.gpus), larger.formula)
+        return Needs(larger.cpus, max(self.gpus, other.gpus), larger.formula, {**self.together, **other.together})
 
 
 def is_given() -> bool:
@@ -89,7 +92,7 @@ def _start(needs: Needs, dashboard: bool) -> None:
             else:
                 cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
                 ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
         raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None
 
@@ -102,6 +105,16 @@ def _check(needs: Needs) -> None:
             f"The Ray cluster has {cpus:g} CPUs, but {needs.cpus:g} are needed ({needs.formula}): "
             f"lower these keys, or add {needs.cpus - cpus:g} CPUs to the cluster."
         )
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    for key, wanted in needs.together.items():
+        if wanted > largest:
+            raise ResourceError(
+                f"{key} is {wanted}, but the largest node of the Ray cluster has {largest:g} CPUs: lower it to at most "
+                f"{largest:g}."
+            )
+    free: float = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    if free < needs.cpus:
+        say(f"waiting for CPUs: {needs.cpus:g} are needed, {free:g} of the cluster's {cpus:g} are free")
     if gpus < needs.gpus:
         raise ResourceError(
             f"The Ray cluster has {gpus:g} GPUs, but {needs.gpus:g} are needed: set scaling.use_gpu: false, "

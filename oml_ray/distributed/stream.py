@@ -1,4 +1,4 @@
-"""Streams on Ray Data: every rank has its own dataset whose rows are whole batches.
+"""Streams on Ray Data: every rank has its own datasets, whose rows are whole batches.
 
 A row of Ray Data is never split, so a planned batch stays whole. Blocks hold several rows, as a task for each batch
 costs more than it decodes. Tasks find the loaders (and the table in them) in the object store.
@@ -31,6 +31,7 @@ Row = dict[str, Any]
 
 BATCHES_PER_TASK = 4
 BATCHES_AHEAD = 8
+STEPS_PER_DATASET = 1000
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,17 @@ class RayStream:
 
     def _training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
         bounds = slice_bounds(self.plan.batch_size, self.world_size)
-        for current in range(epoch, epochs):
-            first_step = step if current == epoch else 0
-            ids = self.plan.epoch(current)[first_step:, bounds[self.rank] : bounds[self.rank + 1]]  # (steps, slice)
-            load = partial(
-                _load_training, self.loaders, ray.put(np.ascontiguousarray(ids)), current, first_step, bounds[self.rank]
-            )
-            for offset, batch in enumerate(self._rows(load, len(ids))):
-                yield PlannedBatch(current, first_step + offset, batch)
+        first, last = bounds[self.rank], bounds[self.rank + 1]
+        steps = self.plan.steps_per_epoch
+        position, end = epoch * steps + step, epochs * steps
+        while position < end:
+            # One dataset serves many steps, over the ends of epochs: to start one costs as much as to decode a few.
+            places = [divmod(at, steps) for at in range(position, min(position + STEPS_PER_DATASET, end))]
+            ids = np.stack([self.plan.epoch(at_epoch)[at_step, first:last] for at_epoch, at_step in places])
+            load = partial(_load_training, self.loaders, ray.put((ids, places)), first)  # ids: (steps, slice)
+            for (at_epoch, at_step), batch in zip(places, self._rows(load, len(places)), strict=True):
+                yield PlannedBatch(at_epoch, at_step, batch)
+            position += len(places)
 
     def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         """Yield the rows `ids` in order."""
@@ -77,14 +81,13 @@ class RayStream:
                 yield unpack(block, index)  # type: ignore[arg-type]
 
 
-def configure(cpus: float | None = None) -> None:
+def configure(cpus: float) -> None:
     """Set what every dataset of this process needs: order, whole blocks, and at most `cpus` CPUs."""
     quiet()
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = None
-    if cpus is not None:
-        context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
 
 
 def attempt(load: Callable[..., Batch], ids: Ids, **place: int) -> Batch | OmlRayError:
@@ -178,15 +181,13 @@ def ahead(produce: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
         stopped.set()
 
 
-def _load_training(
-    loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], epoch: int, first_step: int, first_position: int, rows: Row
-) -> Row:
-    loader, planned = fetched(loaders)[0], fetched(ids)
+def _load_training(loaders: ray.ObjectRef[Any], planned: ray.ObjectRef[Any], first_position: int, rows: Row) -> Row:
+    loader, (ids, places) = fetched(loaders)[0], fetched(planned)
     outcomes = [
-        attempt(loader.load, planned[row], epoch=epoch, step=first_step + row, first_position=first_position)
+        attempt(loader.load, ids[row], epoch=places[row][0], step=places[row][1], first_position=first_position)
         for row in rows["id"].tolist()
     ]
-    return pack(outcomes, planned.shape[1], loader.transform.size)
+    return pack(outcomes, ids.shape[1], loader.transform.size)
 
 
 def _load_evaluation(loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], batch_size: int, rows: Row) -> Row:

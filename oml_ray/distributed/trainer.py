@@ -42,6 +42,7 @@ def needs(config: TrainConfig) -> Needs:
         scaling.num_workers if scaling.use_gpu else 0,
         "scaling.num_workers * scaling.cpus_per_worker + scaling.data_cpus = "
         f"{scaling.num_workers} * {scaling.cpus_per_worker} + {scaling.data_cpus}",
+        {"scaling.cpus_per_worker": scaling.cpus_per_worker},
     )
 
 
@@ -58,7 +59,7 @@ def prepare(config: TrainConfig) -> Table:
     runs.check_name(config)
     table = build.table(config.data, config.run.storage)
     for warning in table.warnings:
-        say(f"warning: {warning}")
+        say(f"# warning: {warning}")
     evaluate.check(table)
     plan = build.plan(config, table)
     build.factor(config, plan.steps_per_epoch)
@@ -82,10 +83,9 @@ def train(config: TrainConfig) -> None:
     """
     config = runs.resolved(config)
     table = prepare(config)
-    run = runs.open_run(config)
-    if run.read_text(runs.METRICS) is not None:
-        say(f"{run.uri} is finished; its report is {run.path(runs.REPORT)} (run.resume: never starts it afresh).")
+    if runs.is_finished(config):
         return
+    run = runs.open_run(config)
     with session(_all_needs(config)), unwrapped():
         fit(config, table, run)
         extractor, _ = build.trained_extractor(join(run.uri, "checkpoints", "best"))
@@ -151,7 +151,10 @@ class RayContext:
         self._told = 0.0
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Tell the driver, at most a few times a second."""
+        """Tell the driver: finished epochs always, the rest at most a few times a second."""
+        if "kind" in row:
+            self.monitor.report.remote(row)
+            return
         now = time.monotonic()
         if now - self._told >= PROGRESS_EVERY_S:
             self._told = now

@@ -117,6 +117,9 @@ def timm_extractor(
         options["pretrained_cfg_overlay"] = {"state_dict": state}
     try:
         backbone = timm.create_model(model, **options)
+        with torch.no_grad():  # shows a size that the network cannot take, and the width of its features
+            features = backbone.eval()(torch.zeros(1, 3, size, size))
+        backbone.train()
     except Exception as error:  # timm and the hub's client raise many kinds
         reason = reason_of(error)
         if weights is not None:
@@ -127,7 +130,11 @@ def timm_extractor(
                 "Give a local file by extractor.weights instead."
             ) from None
         raise ConfigError(f"extractor.model: timm cannot build {model} for {size} x {size} images: {reason}") from None
-    num_features = int(getattr(backbone, "head_hidden_size", 0) or backbone.num_features)  # type: ignore[arg-type]
+    if features.ndim != 2:
+        raise ConfigError(
+            f"extractor.model: {model} gives features of shape {tuple(features.shape)}, not one vector an image."
+        )
+    num_features = features.shape[1]
     data: Any = backbone.pretrained_cfg
     return Extractor(
         backbone,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,40 +116,66 @@ class Store:
         pq.write_table(table, sink, compression="zstd")
         self._write(part_name(part), sink.getvalue())
 
-    def parts(self, manifest: Manifest, columns: list[str]) -> Iterator[pa.Table]:
+    def parts(self, manifest: Manifest, columns: list[str], ids: Ids | None = None) -> Iterator[pa.Table]:
         """Yield the parts in order, one in memory at a time.
+
+        Args:
+            manifest: of this store.
+            columns: what to read.
+            ids: int64, sorted; parts whose range of ids lies outside theirs are passed over.
 
         Raises:
             EmbeddingError: a part is missing or damaged.
         """
         for part in range(manifest.num_parts):
-            name = f"{self.path}/{part_name(part)}"
-            try:
-                yield pq.read_table(name, columns=columns, filesystem=self.filesystem)
-            except FileNotFoundError:
-                raise EmbeddingError(f"The store {self.path} is not whole: {part_name(part)} is missing.") from None
-            except (OSError, pa.ArrowInvalid) as error:
-                raise EmbeddingError(f"{name} is damaged: {error}. Remove it and run `oml-ray embed` again.") from None
+            with self._reading(part) as name:
+                if ids is not None and not self._may_hold(name, ids):
+                    continue
+                table = pq.read_table(name, columns=columns, filesystem=self.filesystem)
+            yield table
+
+    @contextmanager
+    def _reading(self, part: int) -> Iterator[str]:
+        name = f"{self.path}/{part_name(part)}"
+        try:
+            yield name
+        except FileNotFoundError:
+            raise EmbeddingError(f"The store {self.path} is not whole: {part_name(part)} is missing.") from None
+        except (OSError, pa.ArrowInvalid) as error:
+            raise EmbeddingError(f"{name} is damaged: {error}. Remove it and run `oml-ray embed` again.") from None
+
+    def _may_hold(self, name: str, ids: Ids) -> bool:
+        metadata = pq.read_metadata(name, filesystem=self.filesystem)
+        position = metadata.schema.names.index("id")
+        for group in range(metadata.num_row_groups):
+            column = metadata.row_group(group).column(position).statistics
+            if column is None or not column.has_min_max:
+                return True
+            first, last = np.searchsorted(ids, [column.min, column.max + 1])
+            if first < last:
+                return True
+        return False
 
     def bad_images(self, manifest: Manifest) -> dict[int, str]:
         """Row id -> reason of every row that was left out."""
         bad: dict[int, str] = {}
         for part in range(manifest.num_parts):
-            schema = pq.read_schema(f"{self.path}/{part_name(part)}", filesystem=self.filesystem)
-            found = json.loads((schema.metadata or {}).get(BAD_IMAGES, b"{}"))
+            with self._reading(part) as name:
+                schema = pq.read_schema(name, filesystem=self.filesystem)
+                found = json.loads((schema.metadata or {}).get(BAD_IMAGES, b"{}"))
             bad.update({int(row): reason for row, reason in found.items()})
         return bad
 
     def _write(self, name: str, data: Any) -> None:
         """Object stores put a file whole or not at all; elsewhere it is written aside and moved."""
-        is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        puts_whole = self.filesystem.type_name in ("s3", "gcs", "abfs")
         target = f"{self.path}/{name}"
-        aside = f"{self.path}/.{name}.{os.getpid()}.tmp" if is_local else target
+        aside = target if puts_whole else f"{self.path}/.{name}.{uuid.uuid4().hex}.tmp"
         try:
             with self.filesystem.open_output_stream(aside) as stream:
                 stream.write(data)
-            if is_local:
-                os.replace(aside, target)
+            if not puts_whole:
+                self.filesystem.move(aside, target)
         except OSError as error:
             raise StorageError(f"{target} cannot be written: {error}.") from None
 

@@ -24,12 +24,13 @@ from typing import Any
 
 import pyarrow.fs
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from oml_ray.data.filesystem import join, resolve
-from oml_ray.errors import CheckpointError, reason_of
+from oml_ray.errors import CheckpointError, StorageError, reason_of
 from oml_ray.learning.weights import State
-from oml_ray.training.run_directory import RunDirectory, write_atomically
+from oml_ray.training.run_directory import RunDirectory, flush_to_disk, write_atomically
 
 FOLDER = "checkpoints"
 WEIGHTS, TRAINING, META = "extractor.safetensors", "training.pt", "meta.json"
@@ -87,10 +88,14 @@ def save(run: RunDirectory, checkpoint: Checkpoint, *, is_best: bool, keep: int)
             **checkpoint.meta,
         }
         write_atomically(staged / META, json.dumps(meta, indent=1).encode())
+        for file in (WEIGHTS, TRAINING):
+            flush_to_disk(staged / file)
         staged.chmod(0o755)
         if final.exists():  # left by a process that died before it moved `last`
             shutil.rmtree(final)
         staged.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        raise StorageError(f"The checkpoint {final} cannot be written: {reason_of(error)}.") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     run.publish(FOLDER, name)
@@ -114,9 +119,12 @@ def _prune(run: RunDirectory, keep: int) -> None:
 
 def latest(run: RunDirectory) -> Checkpoint | None:
     """Return the last checkpoint of a run, None before the first."""
-    if run.read_text(FOLDER, "last") is None:
+    steps = [name for name in run.names(FOLDER) if name.startswith("step_")]
+    last = (run.read_text(FOLDER, "last") or "").strip()
+    if not steps or not last:
         return None
-    with located(join(run.uri, FOLDER, "last")) as folder:
+    # The folder that `last` names is gone only when someone removed it, as the message about a damaged one tells to.
+    with located(join(run.uri, FOLDER, last if last in steps else steps[-1])) as folder:
         return read(folder)
 
 
@@ -205,7 +213,7 @@ def _check(folder: Path, file: str, meta: dict[str, Any]) -> None:
     if found != expected:
         raise CheckpointError(
             f"The checkpoint {folder} is damaged: {file} has checksum {found}, {META} says {expected}: "
-            "remove the folder and continue from an older one, or copy it again."
+            "remove the folder to continue from an older one, or copy it again."
         )
 
 

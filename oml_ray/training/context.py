@@ -44,7 +44,7 @@ class Context(Protocol):
     stream: Stream
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Show how far the run is; called by rank 0, must return at once."""
+        """Show how far the run is, or the history's row of a finished epoch; called by rank 0, must return at once."""
 
     def report(self, row: dict[str, Any]) -> None:
         """Hand over a validation's metrics; called by every rank with equal rows."""

@@ -180,7 +180,9 @@ class Loop:
         if self._writes:
             self.history = History(self.run)
             self.history.rewind(self.position.global_step if found else -1)
-            self.events = SummaryWriter(str(self.run.path(EVENTS)), purge_step=self.position.global_step or None)
+            self.events = SummaryWriter(
+                str(self.run.path(EVENTS)), purge_step=self.position.global_step + 1 if found else 0
+            )
 
     def wrap(self) -> None:
         """(Re)build DDP for the present epoch: it counts the learning parameters once, when it is built."""
@@ -256,12 +258,13 @@ class Loop:
             "lr": self.lr,
             "images_per_s": self.plan.batch_size * sums.steps / sums.seconds,
             "seconds": sums.seconds,
-            "num_bad_images": len(bad_images),
+            "bad_rows": sorted(bad_images),
             "bad_images": dict(list(bad_images.items())[:BAD_IMAGES_NAMED]),
             "timings": self.timings.flush(),
         }
         if self._writes:
             self.history.append(row)
+            self.context.progress(row)
         self.epoch = _Epoch()
         is_last = epoch + 1 == settings.epochs
         due = settings.validate_every > 0 and ((epoch + 1) % settings.validate_every == 0 or is_last)
@@ -288,7 +291,7 @@ class Loop:
         self.timings.add("validation/epoch", seconds)
         row = {"kind": "validation", "epoch": epoch, "step": self.position.global_step, "seconds": seconds, **scores}
         if self._writes:
-            self.history.append(row)
+            self.history.append({**row, "timings": self.timings.flush()})
             self.history.publish()
             for name, value in scores.items():
                 self.events.add_scalar(f"validation/{name}", value, self.position.global_step)

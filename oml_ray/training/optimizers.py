@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oml_ray.errors import ConfigError
+from oml_ray.errors import ConfigError, reason_of
 from oml_ray.learning.learner import Learner
 
 Factor = Callable[[int], float]
@@ -52,6 +52,11 @@ def build_optimizer(
         )
     kind = kinds[name.lower()]
     allowed = set(inspect.signature(kind).parameters) - {"params", "lr", "weight_decay"}
+    rates = {"lr": lr, "weight_decay": weight_decay}
+    if "weight_decay" not in inspect.signature(kind).parameters:
+        if weight_decay:
+            raise ConfigError(f"optimizer.weight_decay: {kind.__name__} has none: set it to 0.0.")
+        del rates["weight_decay"]
     unknown = sorted(set(options or {}) - allowed)
     if unknown:
         raise ConfigError(
@@ -69,9 +74,9 @@ def build_optimizer(
         if (parameters := list(module.parameters()))
     ]
     try:
-        optimizer: torch.optim.Optimizer = kind(groups, lr=lr, weight_decay=weight_decay, **(options or {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {kind.__name__} refuses its arguments: {error}.") from None
+        optimizer: torch.optim.Optimizer = kind(groups, **{**rates, **(options or {})})
+    except Exception as error:  # each optimizer checks in its own way
+        raise ConfigError(f"optimizer: {kind.__name__} refuses its arguments: {reason_of(error)}.") from None
     return optimizer
 
 

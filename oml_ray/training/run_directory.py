@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,9 +47,8 @@ class RunDirectory:
             else:
                 self.local = Path(self._remote)
             self.local.mkdir(parents=True, exist_ok=True, mode=0o700 if self._is_remote else 0o777)
-            probe = self.local / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.local):
+                pass
         except OSError as error:
             raise StorageError(
                 f"run.storage: {self.uri} cannot be written ({error.strerror or error}): "
@@ -129,8 +129,12 @@ class History:
     def append(self, row: dict[str, Any]) -> None:
         """Add one row."""
         self.rows.append(row)
-        with self._run.path(self.NAME).open("a", encoding="utf-8") as file:
-            file.write(_lines([row]))
+        path = self._run.path(self.NAME)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_lines([row]))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
 
     def publish(self) -> None:
         """Upload, where the run lies behind a URI."""
@@ -139,12 +143,20 @@ class History:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see either the old or the new content, whatever dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(data)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def flush_to_disk(path: Path) -> None:
+    """Have a written file survive a power loss."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

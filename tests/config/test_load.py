@@ -179,3 +179,49 @@ def test_an_override_sets_its_key_and_nothing_else(tree: dict, path: list[str], 
 def test_differing_keys_are_dotted() -> None:
     one, other = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": 2}
     assert differing_keys(one, other) == ["a.c", "d", "e"]
+
+
+DESIGN_EXAMPLE = """
+seed: 42
+run: {name: figures, storage: runs, resume: auto}
+data: {table: figures, root: null, on_bad_image: error}
+transforms: {train: {name: crop_flip, size: 64}, eval: {name: resize, size: 64}}
+extractor: {name: timm, model: test_vit, pretrained: false, weights: null, embedding_dim: null, normalize: true}
+criterion: {name: triplet, margin: 0.2, miner: {name: hard}, bank: null}
+sampler: {name: balance, n_labels: 8, n_instances: 4}
+optimizer: {name: adamw, lr: 1.0e-3, weight_decay: 1.0e-4}
+schedule: {name: cosine, warmup_steps: 0}
+training: {epochs: 5, precision: fp32, micro_batch: null, clip_grad_norm: null, freeze_epochs: 0, ema: null}
+checkpoint: {every_steps: null, metric: cmc.1, mode: max, keep: 2}
+scaling: {num_workers: 2, use_gpu: false, cpus_per_worker: 1, data_cpus: 1, max_failures: 3}
+validation: {every: 1, mode: inline}
+evaluation:
+  embed: {actors: 1, batch_size: 128}
+  gallery: {backend: exact, shards: 2, precision: fp32, distance: euclidean, block_rows: 4096}
+  rerank: []
+  metrics: {cmc: [1, 5, 10], precision: [5], map: [5], bootstrap: {samples: 1000, seed: 0}}
+"""
+
+
+def test_the_whole_config_of_the_main_job_loads(tmp_path: Path) -> None:
+    """Every key that users script against, with its default (but for what has none)."""
+    path = tmp_path / "config.yaml"
+    path.write_text(DESIGN_EXAMPLE)
+    short = load(TrainConfig, FIGURES, ["training={}", "validation={}"])
+    assert load(TrainConfig, path) == short
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("transforms.train.scale=[0.0, 1.0]", "scale must be [smallest, largest] with 0 < smallest <= largest"),
+        ("transforms.train.ratio=[2.0, 0.5]", "ratio must be [smallest, largest]"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay: should be a finite number"),
+        ("seed=4294967296", "seed: should be less than 4294967296"),
+        ("seed={[a]: 1}", "is no key"),
+        ("evaluation.rerank=[1]", "evaluation.rerank"),
+        ("criterion.bank={size_in_batches: 4}", "criterion.bank: should be None"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(override: str, expected: str) -> None:
+    assert expected in error(overrides=[override])

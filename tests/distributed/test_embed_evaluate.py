@@ -37,14 +37,6 @@ def write(table: Path, storage: Path, name: str = "run", **more: Any) -> str:
         "evaluation": {"embed": {"rows_per_part": 5, "batch_size": 3, "actors": 2}, **more.pop("evaluation", {})},
         **more,
     }
-    # An extractor from scratch is drawn anew by every process: give all of them the same weights.
-    weights = storage / "weights.pth"
-    if not weights.exists():
-        torch.manual_seed(0)
-        torch.save(
-            build.extractor(validate(EmbedConfig, config, "c").source.extractor, 32).backbone.state_dict(), weights
-        )
-    config["source"]["extractor"]["weights"] = str(weights)
     path = storage / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return str(path)
@@ -105,16 +97,15 @@ def test_missing_parts_are_made_again_and_nothing_else(embedded: Path, small_tab
 def test_a_store_of_other_weights_is_refused(
     embedded: Path, small_table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(write(small_table, embedded))
-    (embedded / "weights.pth").rename(embedded / "kept.pth")
-    torch.manual_seed(1)
-    config = validate(EmbedConfig, yaml.safe_load(path.read_text()), "c")
-    node = config.source.extractor.model_copy(update={"weights": None})
-    torch.save(build.extractor(node, 32).backbone.state_dict(), embedded / "weights.pth")
+    """Another seed draws another extractor; the run's own record of its config is put aside to get that far."""
+    path = Path(write(small_table, embedded, seed=1))
+    recorded = embedded / "run" / "config.yaml"
+    text = recorded.read_text()
+    recorded.unlink()
     try:
         assert main(["embed", str(path)]) == 2
     finally:
-        (embedded / "kept.pth").rename(embedded / "weights.pth")
+        recorded.write_text(text)
     error = capsys.readouterr().err
     assert "was made by something else: weights (" in error
     assert error.count("\n") == 1

@@ -28,10 +28,17 @@ def local(small_table: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalS
 
 
 @pytest.mark.parametrize(("world_size", "epoch", "step"), [(1, 0, 0), (2, 1, 3), (4, 0, 2)])
+@pytest.mark.parametrize("steps_per_dataset", [1000, 5])
 def test_slices_of_all_ranks_make_the_planned_batches(
-    local: LocalStream, world_size: int, epoch: int, step: int
+    local: LocalStream,
+    world_size: int,
+    epoch: int,
+    step: int,
+    steps_per_dataset: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From any step to the end, over the ends of epochs, uneven slices (15 instances over 2 and 4 ranks) included."""
+    monkeypatch.setattr("oml_ray.distributed.stream.STEPS_PER_DATASET", steps_per_dataset)
     loaders = ray.put((local.training_loader, local.evaluation_loader))
     bounds = slice_bounds(local.plan.batch_size, world_size)
     expected = list(local.training(epoch, step, EPOCHS))

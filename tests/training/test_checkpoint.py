@@ -78,6 +78,18 @@ def test_damage_is_found(run: RunDirectory, file: str, damage: str) -> None:
         checkpoints.latest(run)
 
 
+def test_after_removing_a_damaged_checkpoint_the_older_one_serves(run: RunDirectory) -> None:
+    for step in (1, 2):
+        checkpoints.save(run, at(step), is_best=True, keep=2)
+    run.path("checkpoints", "step_00000002", "training.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="remove the folder to continue from an older one"):
+        checkpoints.latest(run)
+    run.remove("checkpoints", "step_00000002")
+    found = checkpoints.latest(run)
+    assert found is not None
+    assert found.position.global_step == 1
+
+
 def test_absent_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(CheckpointError, match=r"There is no checkpoint at .*nowhere"):
