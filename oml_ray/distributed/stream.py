@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from oml_ray import errors
 from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
@@ -32,6 +34,7 @@ Row = dict[str, Any]
 BATCHES_PER_TASK = 4
 BATCHES_AHEAD = 8
 STEPS_PER_DATASET = 1000
+PAUSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,23 @@ class RayStream:
                 yield unpack(block, index)  # type: ignore[arg-type]
 
 
+class Unhurried(ExecutionCallback):
+    """Pauses Ray Data's scheduling loop between its rounds.
+
+    While a dataset waits for its consumer, the loop of Ray 2.60 has nothing to wait for and turns without a break: in
+    a training process it took almost half a core (and the interpreter's lock) from the step.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Sleep for a moment, after each round."""
+        time.sleep(PAUSE_S)
+
+
 def configure(cpus: float) -> None:
-    """Set what every dataset of this process needs: order, whole blocks, and at most `cpus` CPUs."""
+    """Set what every dataset of this process needs: order, whole blocks, no spinning, and at most `cpus` CPUs."""
     quiet()
     context = DataContext.get_current()
+    context.custom_execution_callback_classes = [Unhurried]
     context.execution_options.preserve_order = True
     context.target_max_block_size = None
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
