@@ -30,8 +30,9 @@ from oml_ray.learning.losses.triplet import TripletLoss
 from oml_ray.learning.weights import read_weights
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import optimizers
-from oml_ray.training.context import LocalStream
-from oml_ray.training.loop import AUTOCAST, Settings
+from oml_ray.training.context import Context, LocalStream
+from oml_ray.training.loop import AUTOCAST, Loop, Settings
+from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.validation import Validator
 
 FIGURES = "figures"
@@ -227,6 +228,23 @@ def settings(config: TrainConfig) -> Settings:
         mode=checkpoint.mode,
         validate_every=config.validation.every,
         validate_at_start=config.validation.at_start,
+    )
+
+
+def loop(config: TrainConfig, table: Table, plan: Plan, context: Context, run: RunDirectory) -> Loop:
+    """Build the training loop of one rank, from the run's last checkpoint if it has one."""
+    learning = learner(config)
+    return Loop(
+        context,
+        run,
+        plan,
+        table.labels,
+        learning,
+        optimizer(config, learning),
+        factor(config, plan.steps_per_epoch),
+        validator(config, table),
+        settings(config),
+        checkpoint_meta(config, table),
     )
 
 

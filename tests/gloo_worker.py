@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from oml_ray import build
 from oml_ray.config import TrainConfig, validate
 from oml_ray.training.context import LocalContext, LocalStream, PlannedBatch
-from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory
 
 
@@ -44,26 +43,15 @@ def run(case: dict) -> None:  # type: ignore[type-arg]
     local = build.local_stream(config, table)
     stream = Mortal(local.plan, local.training_loader, local.evaluation_loader)
     stream.steps_to_live = case.get("stop_after")  # type: ignore[attr-defined]
-    learner = build.learner(config)
     context = LocalContext(stream)
-    loop = Loop(
-        context,
-        RunDirectory(config.run.storage, config.run.name),
-        stream.plan,
-        table.labels,
-        learner,
-        build.optimizer(config, learner),
-        build.factor(config, stream.plan.steps_per_epoch),
-        build.validator(config, table),
-        build.settings(config),
-        build.checkpoint_meta(config, table),
-    )
+    run_directory = RunDirectory(config.run.storage, config.run.name)
+    loop = build.loop(config, table, stream.plan, context, run_directory)
     try:
         loop.train()
     except KilledError:
         return
     if context.rank == 0 and case.get("result"):
-        save_file({name: value.clone() for name, value in learner.state_dict().items()}, case["result"])
+        save_file({name: value.clone() for name, value in loop.learner.state_dict().items()}, case["result"])
         rows = [{key: value for key, value in row.items() if key in ("kind", "epoch", "step", "loss") or "." in key}
                 for row in loop.history.rows]  # fmt: skip
         Path(case["result"] + ".json").write_text(json.dumps(rows))

@@ -188,16 +188,4 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     stream = RayStream(
         plan, payload["loaders"], context.get_world_rank(), context.get_world_size(), config.scaling.data_cpus
     )
-    learner = build.learner(config)
-    return Loop(
-        RayContext(stream, payload["monitor"]),
-        run,
-        plan,
-        table.labels,
-        learner,
-        build.optimizer(config, learner),
-        build.factor(config, plan.steps_per_epoch),
-        build.validator(config, table),
-        build.settings(config),
-        build.checkpoint_meta(config, table),
-    )
+    return build.loop(config, table, plan, RayContext(stream, payload["monitor"]), run)

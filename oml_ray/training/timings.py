@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 class Timings:
@@ -38,18 +35,6 @@ class Timings:
             yield
         finally:
             self.add(name, time.perf_counter() - start)
-
-    def iterate(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Time how long each item is waited for."""
-        iterator = iter(items)
-        while True:
-            start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self.add(name, time.perf_counter() - start)
-            yield item
 
     def flush(self) -> dict[str, dict[str, float]]:
         """Return what was counted, and start anew."""

@@ -23,19 +23,8 @@ def loop(table: Path, folder: Path, **nodes: Any) -> Loop:
     config = validate(TrainConfig, train_config(table, folder, **nodes), "test")
     found = build.table(config.data, config.run.storage)
     stream = build.local_stream(config, found)
-    learner = build.learner(config)
-    return Loop(
-        LocalContext(stream),
-        RunDirectory(config.run.storage, config.run.name),
-        stream.plan,
-        found.labels,
-        learner,
-        build.optimizer(config, learner),
-        build.factor(config, stream.plan.steps_per_epoch),
-        build.validator(config, found),
-        build.settings(config),
-        build.checkpoint_meta(config, found),
-    )
+    run = RunDirectory(config.run.storage, config.run.name)
+    return build.loop(config, found, stream.plan, LocalContext(stream), run)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
