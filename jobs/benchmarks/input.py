@@ -1,8 +1,8 @@
 """How much of a training step's speed the input leaves: the train loop over the same step on one batch in memory.
 
 Both run in the same workers, in turns. A stretch of the loop starts its own stream and crosses the end of an epoch. It
-is timed from after the first steps, when batches wait decoded ahead, to before the last ones, when as many wait: so
-decoding keeps pace with training in between. What is left of the stream is decoded before the other side begins.
+is timed from when as many batches wait decoded ahead as the stream holds, to before the last ones, when as many wait: so
+decoding keeps pace with training in between, and no more. What is left of the stream is decoded before the other side begins.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from oml_ray.distributed.stream import BATCHES_AHEAD, BATCHES_PER_TASK
 from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory
 
-FIRST = 4
-LEFT = 2 * (BATCHES_AHEAD + BATCHES_PER_TASK)
+HELD = BATCHES_AHEAD + 4 * BATCHES_PER_TASK
 TARGETS = {"test_vit": ">= 0.72", "resnet10t": ">= 0.92"}
 RESULT = "benchmark.json"
 
@@ -89,18 +88,18 @@ def work(payload: dict[str, Any]) -> None:
 def _stretch_of_loop(loop: Loop, epoch: int, waits: list[float]) -> float:
     """Seconds of one epoch's number of steps in the middle of a stream over the end of an epoch."""
     steps = loop.plan.steps_per_epoch
-    epochs = -(-(FIRST + steps + LEFT) // steps)
+    epochs = -(-(2 * HELD + steps) // steps)
     start, seconds = 0.0, 0.0
     dist.barrier()
     waiting = time.perf_counter()
     for number, planned in enumerate(loop.context.stream.training(epoch, 0, epoch + epochs)):
-        if planned.step == 0 and FIRST < number < FIRST + steps:
+        if planned.step == 0 and HELD < number < HELD + steps:
             waits.append(time.perf_counter() - waiting)
-        if number == FIRST:
+        if number == HELD:
             start = time.perf_counter()
-        if number == FIRST + steps:
+        if number == HELD + steps:
             seconds = time.perf_counter() - start
-        if number < FIRST + steps:
+        if number < HELD + steps:
             loop.learn(planned)
         waiting = time.perf_counter()
     return seconds

@@ -109,11 +109,11 @@ def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> byt
     Raises:
         StorageError: the file is absent, unreadable, or larger than `max_bytes`.
     """
-    filesystem, path = resolve(uri)
     try:
-        if max_bytes is None and isinstance(filesystem, fs.LocalFileSystem):
-            with open(path, "rb") as local:  # half the time of pyarrow's file, which counts with small images
+        if max_bytes is None and not is_uri(uri):
+            with open(os.path.expanduser(uri), "rb") as local:  # half the time of pyarrow's file: small images feel it
                 return local.read()
+        filesystem, path = resolve(uri)
         with filesystem.open_input_file(path) as file:
             size = file.size()
             if max_bytes is None or size <= max_bytes:

@@ -135,8 +135,11 @@ class TrainingLoader:
         used = np.array(ids, dtype=np.int64)
         images = np.empty((len(ids), 3, self.transform.size, self.transform.size), dtype=np.uint8)
         bad: dict[int, str] = {}
+        bits = np.random.Philox(key=0)
+        generator, start = np.random.Generator(bits), bits.state
         for index, row in enumerate(ids.tolist()):
-            generator = np.random.Generator(np.random.Philox(key=self._key(epoch, step, first_position + index)))
+            # A new Philox would draw from the system's entropy first, only to leave it unused.
+            bits.state = {**start, "state": {**start["state"], "key": self._key(epoch, step, first_position + index)}}
             try:
                 image = self.reader.read(row)
             except ImageError as error:

@@ -31,10 +31,10 @@ from oml_ray.training.context import PlannedBatch
 
 Row = dict[str, Any]
 
-BATCHES_PER_TASK = 4
+BATCHES_PER_TASK = 8
 BATCHES_AHEAD = 8
 STEPS_PER_DATASET = 1000
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
