@@ -1,8 +1,9 @@
 """How much of a training step's speed the input leaves: the train loop over the same step on one batch in memory.
 
 Both run in the same workers, in turns. A stretch of the loop starts its own stream and crosses the end of an epoch. It
-is timed from when as many batches wait decoded ahead as the stream holds, to before the last ones, when as many wait: so
-decoding keeps pace with training in between, and no more. What is left of the stream is decoded before the other side begins.
+is timed from when as many batches wait decoded ahead as the stream holds, to before the last ones, when as many wait:
+so decoding keeps pace with training in between, and no more. What is left of the stream is decoded before the other
+side begins.
 """
 
 from __future__ import annotations

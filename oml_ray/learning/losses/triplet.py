@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from oml_ray.distances import paired, pairwise
+from oml_ray.learning.losses.all_triplets import all_triplets
+from oml_ray.learning.losses.criterion import Loss
 from oml_ray.learning.miners import Miner, Triplets
+from oml_ray.learning.pairs import Masks, Memory, masked_mean, references
 
 
 class TripletLoss(nn.Module):
     """Pull each anchor's positive nearer than its negative by a margin.
 
     The loss is the mean over the mined triplets of max(0, margin + d(a, p) - d(a, n)), or of
-    log(1 + exp(d(a, p) - d(a, n))) without a margin (the soft one), d being the euclidean distance.
+    log(1 + exp(d(a, p) - d(a, n))) without a margin (the soft one), d being the euclidean distance. Where the miner
+    picks pairs, every combination of an anchor's positives and negatives is a triplet.
     Sources: Schroff et al. 2015, "FaceNet"; Hermans et al. 2017 for the soft margin.
 
     Example:
@@ -36,36 +40,58 @@ class TripletLoss(nn.Module):
             raise ValueError(f"margin must be above 0 or None, found {margin}.")
         self.miner, self.margin = miner, margin
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Loss:
         """Compute the loss of a batch.
 
         Args:
             embeddings: (B, D) floats.
             labels: int64 (B,).
+            memory: earlier embeddings, which positives and negatives may come from.
 
         Returns:
             The scalar loss (zero, with zero gradients, when no triplet was mined), and scalars worth logging.
         """
-        triplets = self.miner(embeddings, labels)
-        if len(triplets.anchors) == 0:
-            return embeddings.sum() * 0.0, {}
-        positive, negative = _distances(embeddings, triplets)
+        mined = self.miner(embeddings, labels, memory)
+        others, _ = references(embeddings, labels, memory)
+        if isinstance(mined, Masks):
+            return self._of_pairs(pairwise(embeddings, others), mined)
+        positive, negative = _distances(embeddings, others, mined)
         gap = positive - negative
         losses = nn.functional.softplus(gap) if self.margin is None else torch.relu(gap + self.margin)
-        logs = {
-            "distance_positive": positive.detach().mean(),
-            "distance_negative": negative.detach().mean(),
-            "active_triplets": (losses.detach() > 0).to(losses.dtype).mean(),
-        }
-        return losses.mean(), logs
+        weights = mined.valid.to(losses.dtype) / mined.valid.sum().clamp(min=1)
+        with torch.no_grad():
+            logs = {
+                "distance_positive": positive @ weights,
+                "distance_negative": negative @ weights,
+                "active_triplets": (losses > 0).to(losses.dtype) @ weights,
+            }
+            if memory is not None:
+                logs["positives_from_bank"] = (mined.positives >= len(labels)).to(losses.dtype) @ weights
+                logs["negatives_from_bank"] = (mined.negatives >= len(labels)).to(losses.dtype) @ weights
+        return losses @ weights, logs
+
+    def _of_pairs(self, distances: Tensor, mined: Masks) -> Loss:
+        """Loss of all triplets of the mined pairs; distances: (batch, references)."""
+        loss, active = all_triplets(distances, *mined, margin=self.margin)
+        with torch.no_grad():
+            logs = {
+                "distance_positive": masked_mean(distances, mined.positive),
+                "distance_negative": masked_mean(distances, mined.negative),
+                "active_triplets": active,
+            }
+            size = len(distances)
+            if distances.shape[1] > size:
+                for name, mask in (("positives", mined.positive), ("negatives", mined.negative)):
+                    logs[f"{name}_from_bank"] = mask[:, size:].sum() / mask.sum().clamp(min=1)
+        return loss, logs
 
 
-def _distances(embeddings: Tensor, triplets: Triplets) -> tuple[Tensor, Tensor]:
+def _distances(embeddings: Tensor, others: Tensor, triplets: Triplets) -> tuple[Tensor, Tensor]:
     """Distances (T,) of anchors to positives and to negatives."""
-    anchors, positives, negatives = triplets
+    anchors, positives, negatives, _ = triplets
     if len(anchors) <= len(embeddings):
         anchored = embeddings[anchors]
-        return paired(anchored, embeddings[positives]), paired(anchored, embeddings[negatives])
+        return paired(anchored, others[positives]), paired(anchored, others[negatives])
     # With more triplets than instances, one matrix of all pairs is cheaper than a difference for each triplet.
-    matrix = pairwise(embeddings, embeddings)  # (batch, batch)
+    matrix = pairwise(embeddings, others)  # (batch, references)
     return matrix[anchors, positives], matrix[anchors, negatives]

@@ -1,0 +1,45 @@
+"""What a miner gives: triplets one by one, or the pairs whose every combination is a triplet.
+
+Neither depends in its shape on the values of a batch, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from oml_ray.learning.pairs import Masks, Memory
+
+
+class Triplets(NamedTuple):
+    """Triplets as positions: of anchors in the batch, of positives and negatives in the references.
+
+    The references are the batch, followed by the memory: `oml_ray.learning.pairs.references`.
+    """
+
+    anchors: Tensor
+    """int64 (T,)."""
+    positives: Tensor
+    """int64 (T,)."""
+    negatives: Tensor
+    """int64 (T,)."""
+    valid: Tensor
+    """bool (T,): whether it is a triplet at all, as an anchor may have no positive or no negative."""
+
+
+class TripletMiner(Protocol):
+    """Picks triplets of a batch."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Triplets:
+        """Pick triplets from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
+
+
+class PairMiner(Protocol):
+    """Picks the positives and negatives of each anchor."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Masks:
+        """Pick pairs from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
+
+
+Miner = TripletMiner | PairMiner
