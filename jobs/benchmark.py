@@ -1,6 +1,6 @@
 """Benchmarks: every figure is a ratio of two things alternated in one run, with its spread.
 
-Run as `python -m jobs.benchmark SUITE --table TABLE`, on a quiet machine.
+Run as `python -m jobs.benchmark input --table TABLE` or `python -m jobs.benchmark learning`, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 from pathlib import Path
 
 from jobs.benchmarks import input as input_suite
+from jobs.benchmarks import learning
 
-SUITES = {"input": input_suite.suite}
+SUITES = {"input": input_suite.suite, "learning": learning.suite}
 
 
 def main() -> None:
     """Run a suite, print its table and write benchmark.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--table", required=True, help="CSV or Parquet table of real images")
+    parser.add_argument(
+        "--table", help="CSV or Parquet table of real images for the suite input; without it, generated figures"
+    )
     parser.add_argument("--root", help="what its paths are relative to")
     parser.add_argument("--rounds", type=int, default=9, help="alternations of the two sides")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))

@@ -29,15 +29,15 @@ TARGETS = {"test_vit": ">= 0.72", "resnet10t": ">= 0.92"}
 RESULT = "benchmark.json"
 
 
-def suite(*, table: str, root: str | None, rounds: int) -> list[Figure]:
+def suite(*, table: str | None, root: str | None, rounds: int) -> list[Figure]:
     """Measure both networks of the targets.
 
     Args:
-        table: path of a table, e.g. emoji's.
+        table: path of a table, e.g. emoji's; None for the generated figures.
         root: what its paths are relative to; None for its folder.
         rounds: alternations.
     """
-    return [_measure(model, table, root, rounds) for model in TARGETS]
+    return [_measure(model, table or "figures", root, rounds) for model in TARGETS]
 
 
 def _measure(model: str, table: str, root: str | None, rounds: int) -> Figure:

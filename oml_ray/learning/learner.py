@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from oml_ray.learning.extractors import Extractor
 from oml_ray.learning.gather import gather
@@ -18,16 +19,29 @@ class Learner(nn.Module):
     (float64 for a float64 model), and miner and criterion see the whole global batch outside autocast.
     """
 
-    def __init__(self, extractor: Extractor, criterion: nn.Module, *, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        extractor: Extractor,
+        criterion: nn.Module,
+        *,
+        autocast: torch.dtype | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
         """Combine `extractor` and `criterion`.
 
         Args:
             extractor: images -> embeddings.
             criterion: (embeddings (B, D), labels (B,)) -> (loss, logs).
             autocast: bfloat16 or float16 to run the extractor under autocast, None for its own dtype.
+            micro_batch: instances embedded at once. The activations of one chunk are held at a time: each chunk is
+                embedded twice, the second time when its gradient is due (Gao et al. 2021, "Scaling deep contrastive
+                learning batch size under memory limited setup"). None for the whole slice at once.
         """
         super().__init__()
-        self.extractor, self.criterion, self.autocast = extractor, criterion, autocast
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 or None, found {micro_batch}.")
+        self.extractor, self.criterion = extractor, criterion
+        self.autocast, self.micro_batch = autocast, micro_batch
 
     def forward(self, images: Tensor, labels: Tensor, bounds: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the global batch from this rank's slice.
@@ -41,10 +55,19 @@ class Learner(nn.Module):
             The scalar loss and logs, equal on every rank.
         """
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            embeddings = self.extractor(images)
+            embeddings = self._embed(images)
         if embeddings.dtype != torch.float64:
             embeddings = embeddings.float()
         embeddings, labels = gather(embeddings, bounds), gather(labels, bounds)
         with torch.autocast(images.device.type, enabled=False):
             loss, logs = self.criterion(embeddings, labels)
         return loss, logs
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if self.micro_batch is None or len(images) <= self.micro_batch:
+            embeddings: Tensor = self.extractor(images)
+            return embeddings
+        # `checkpoint` drops the activations, and computes them again (with the same dropout) in the backward pass.
+        return torch.cat(
+            [checkpoint(self.extractor, chunk, use_reentrant=False) for chunk in torch.split(images, self.micro_batch)]
+        )

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 2**22  # of the (anchors, references) matrix, worked on at a time
+from oml_ray.learning.losses.positives import positives_of
+
+CHUNK_ELEMENTS = 2**18  # of the (anchors, references) matrix, worked on at a time
 
 
 def all_triplets(
@@ -74,7 +76,7 @@ def _with_margin(
     distances: Tensor, positive: Tensor, negative: Tensor, gradient: Tensor, margin: float
 ) -> tuple[Tensor, Tensor]:
     """Sum over the triplets of some anchors, and the number of active ones; adds to their `gradient`."""
-    rows, columns, places, padded = _positives(distances, positive)  # padded: (anchors, P), -inf where there is none
+    rows, columns, places, padded = positives_of(distances, positive)  # padded: (anchors, P), -inf where there is none
     width = padded.shape[1]
     thresholds, order = (padded + margin).sort(dim=1)
     # A negative is active with the positives whose threshold is above its distance: all from `first` on.
@@ -94,7 +96,7 @@ def _with_margin(
 
 def _soft(distances: Tensor, positive: Tensor, negative: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """As `_with_margin`, for the soft margin."""
-    rows, columns, places, padded = _positives(distances, positive)  # padded: (anchors, P)
+    rows, columns, places, padded = positives_of(distances, positive)  # padded: (anchors, P)
     negatives = distances.masked_fill(~negative, torch.inf)
     total = distances.new_zeros((), dtype=torch.float64)
     active = distances.new_zeros((), dtype=torch.float64)
@@ -108,15 +110,3 @@ def _soft(distances: Tensor, positive: Tensor, negative: Tensor, gradient: Tenso
         pulls[:, place] = slope.sum(dim=1)
     gradient[rows, columns] += pulls[rows, places]
     return total, active
-
-
-def _positives(distances: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positives as (anchor, reference, place) indices, and their distances (anchors, P) padded with -inf."""
-    rows, columns = positive.nonzero(as_tuple=True)  # (pairs,), by anchor
-    counts = positive.sum(dim=1)
-    starts = counts.cumsum(dim=0) - counts
-    places = torch.arange(len(rows), device=rows.device) - starts[rows]
-    width = int(counts.max()) if len(counts) else 0
-    padded = distances.new_full((len(distances), width), -torch.inf)
-    padded[rows, places] = distances[rows, columns]
-    return rows, columns, places, padded
