@@ -48,7 +48,7 @@ class TrainConfig(Node):
         if workers > batch:
             raise ValueError(
                 f"scaling.num_workers: {workers} workers cannot share a global batch of {batch} instances "
-                f"(sampler.n_labels x sampler.n_instances): use at most {batch} workers."
+                f"(the sampler's): use at most {batch} workers."
             )
         if self.transforms.train.size != self.transforms.eval.size:
             raise ValueError(

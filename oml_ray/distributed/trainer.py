@@ -63,7 +63,7 @@ def prepare(config: TrainConfig) -> Table:
     evaluate.check(table)
     plan = build.plan(config, table)
     build.factor(config, plan.steps_per_epoch)
-    build.optimizer(config, build.learner(config))
+    build.optimizer(config, build.learner(config, table))
     return table
 
 

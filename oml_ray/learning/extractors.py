@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from oml_ray.errors import CheckpointError, ConfigError, reason_of
+from oml_ray.learning.pooling import GeM, Pooling, pooled_features, replace_pooling
 from oml_ray.learning.weights import State, fit_names
 
 
 class Extractor(nn.Module):
-    """Pixels -> normalised input -> backbone -> projection -> L2 normalisation."""
+    """Pixels -> normalised input -> backbone, pooling -> projection -> L2 normalisation."""
 
     mean: Tensor
     std: Tensor
@@ -30,6 +31,7 @@ class Extractor(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         normalize: bool,
+        pooling: GeM | None = None,
     ) -> None:
         """Combine the parts.
 
@@ -40,9 +42,10 @@ class Extractor(nn.Module):
             mean: of the backbone's input, per channel, in [0, 1].
             std: of the backbone's input, per channel, in [0, 1].
             normalize: whether embeddings get unit L2 norm.
+            pooling: what pools instead of a backbone whose own pooling was taken out.
         """
         super().__init__()
-        self.backbone, self.projection = backbone, projection
+        self.backbone, self.pooling, self.projection = backbone, pooling, projection
         self.embedding_dim, self.normalize = embedding_dim, normalize
         # Not part of the state: they follow from the config, and integers in pixels stay exact in any precision.
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
@@ -51,7 +54,7 @@ class Extractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embed images uint8 (n, 3, height, width) as (n, D)."""
         pixels = (images.to(self.mean.dtype) - self.mean) / self.std
-        embeddings: Tensor = self.projection(self.backbone(pixels))
+        embeddings: Tensor = self.projection(pooled_features(self.backbone, self.pooling, pixels))
         return nn.functional.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     def freeze_backbone(self, frozen: bool) -> None:
@@ -78,6 +81,9 @@ def timm_extractor(
     embedding_dim: int | None = None,
     hidden_dims: Sequence[int] = (),
     normalize: bool = True,
+    pooling: Pooling = "default",
+    gem_p: float = 3.0,
+    keep_head: bool = False,
 ) -> Extractor:
     """Build an extractor on a timm backbone, at the input size it will see.
 
@@ -89,12 +95,15 @@ def timm_extractor(
         embedding_dim: D of a linear projection; None for the backbone's features as they are.
         hidden_dims: widths of hidden layers (with ReLU) before that projection.
         normalize: whether embeddings get unit L2 norm.
+        pooling: global pooling; "default" is the network's own, "gem" is `oml_ray.learning.pooling.GeM`.
+        gem_p: initial exponent of "gem".
+        keep_head: keep the network's last layer (CLIP's projection into the space of its texts), with its own pooling.
 
     Returns:
         The extractor, in training mode.
 
     Raises:
-        ConfigError: unknown model, a size it cannot take, or weights that the hub does not give.
+        ConfigError: unknown model, a size or a pooling it cannot take, or weights that the hub does not give.
         CheckpointError: `weights` are of another architecture.
 
     Example:
@@ -106,7 +115,36 @@ def timm_extractor(
         near = difflib.get_close_matches(model, timm.list_models(), n=5)
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ConfigError(f"extractor.model: timm has no model {model!r}.{hint} timm.list_models() lists all.")
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained or weights is not None}
+    if keep_head and pooling != "default":
+        raise ConfigError(f"extractor.pooling: {model} keeps its last layer only with its own pooling (default).")
+    backbone, num_features = _timm_backbone(model, size, pretrained, weights, keep_head)
+    gem = replace_pooling(backbone, pooling, model=model, gem_p=gem_p)
+    if pooling != "default":
+        try:
+            found = _probe(backbone, gem, size)
+        except Exception as error:  # networks of another build than most, e.g. with several maps
+            raise ConfigError(f"extractor.pooling: {model} cannot pool by {pooling}: {reason_of(error)}") from None
+        if found != (1, num_features):
+            raise ConfigError(f"extractor.pooling: {model} cannot pool by {pooling}: features of shape {found}.")
+    data: Any = backbone.pretrained_cfg
+    return Extractor(
+        backbone,
+        projection(num_features, hidden_dims, embedding_dim),
+        embedding_dim=embedding_dim or num_features,
+        mean=data["mean"],
+        std=data["std"],
+        normalize=normalize,
+        pooling=gem,
+    )
+
+
+def _timm_backbone(
+    model: str, size: int, pretrained: bool, weights: State | None, keep_head: bool
+) -> tuple[nn.Module, int]:
+    """Build a network of timm in training mode, and tell the width of its features."""
+    options: dict[str, Any] = {"pretrained": pretrained or weights is not None}
+    if not keep_head:
+        options["num_classes"] = 0
     cfg = timm.get_pretrained_cfg(model)
     if cfg is not None and cfg.fixed_input_size:
         options["img_size"] = size
@@ -116,10 +154,10 @@ def timm_extractor(
         state = fit_names(weights, [whole.state_dict(), bare.state_dict()], name=model)
         options["pretrained_cfg_overlay"] = {"state_dict": state}
     try:
-        backbone = timm.create_model(model, **options)
-        with torch.no_grad():  # shows a size that the network cannot take, and the width of its features
-            features = backbone.eval()(torch.zeros(1, 3, size, size))
-        backbone.train()
+        backbone: Any = timm.create_model(model, **options)
+        backbone.pretrained_cfg.pop("state_dict", None)  # timm keeps the overlay: a second copy of all weights
+        # Shows a size that the network cannot take, and the width of its features.
+        shape = _probe(backbone, None, size)
     except Exception as error:  # timm and the hub's client raise many kinds
         reason = reason_of(error)
         if weights is not None:
@@ -130,23 +168,26 @@ def timm_extractor(
                 "Give a local file by extractor.weights instead."
             ) from None
         raise ConfigError(f"extractor.model: timm cannot build {model} for {size} x {size} images: {reason}") from None
-    if features.ndim != 2:
-        raise ConfigError(
-            f"extractor.model: {model} gives features of shape {tuple(features.shape)}, not one vector an image."
-        )
-    num_features = features.shape[1]
-    data: Any = backbone.pretrained_cfg
-    return Extractor(
-        backbone,
-        _projection(num_features, hidden_dims, embedding_dim),
-        embedding_dim=embedding_dim or num_features,
-        mean=data["mean"],
-        std=data["std"],
-        normalize=normalize,
-    )
+    if len(shape) != 2:
+        raise ConfigError(f"extractor.model: {model} gives features of shape {shape}, not one vector an image.")
+    return backbone, shape[1]
 
 
-def _projection(num_features: int, hidden_dims: Sequence[int], embedding_dim: int | None) -> nn.Module:
+def _probe(backbone: nn.Module, gem: GeM | None, size: int) -> tuple[int, ...]:
+    """Shape of the features of one image; leaves the backbone in training mode."""
+    backbone.eval()
+    with torch.no_grad():
+        shape = tuple(pooled_features(backbone, gem, torch.zeros(1, 3, size, size)).shape)
+    backbone.train()
+    return shape
+
+
+def projection(num_features: int, hidden_dims: Sequence[int], embedding_dim: int | None) -> nn.Module:
+    """Build the layers from a backbone's features (n, num_features) to embeddings (n, embedding_dim).
+
+    Raises:
+        ConfigError: hidden layers without a last width.
+    """
     if embedding_dim is None:
         if hidden_dims:
             raise ConfigError("extractor.hidden_dims need extractor.embedding_dim, the width of the last layer.")

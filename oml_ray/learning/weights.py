@@ -1,7 +1,12 @@
-"""Weights from files: read safely, and matched to an architecture by name or by order."""
+"""Weights from files: read safely, and matched to an architecture by name or by order.
+
+`from_moco` and the like are key maps: pure functions that give the tensors of one publisher's files timm's names. A
+state that has those names already passes through them unchanged.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,3 +77,65 @@ def fit_names(state: State, references: Sequence[State], *, name: str) -> State:
         f"{len(missing)} missing (first: {', '.join(missing[:3]) or 'none'}), "
         f"{len(unexpected)} unexpected (first: {', '.join(unexpected[:3]) or 'none'})."
     )
+
+
+def from_moco(state: State) -> State:
+    """Name the query encoder of a MoCo checkpoint as a ResNet of timm; its contrastive head `fc` is left out."""
+    return {name: value for name, value in _under("encoder_q.", state).items() if not name.startswith("fc.")}
+
+
+def from_oml(state: State) -> State:
+    """Name the vision transformer of a checkpoint of OML's training as timm does; its criterion is left out."""
+    prefix = next((name.removesuffix("norm.bias") for name in state if re.search(r"(^|\.)norm\.bias$", name)), "")
+    return {name: value for name, value in _under(prefix, state).items() if not name.startswith("criterion.")}
+
+
+def from_dinov2(state: State) -> State:
+    """Name Meta's own files of DINOv2 as timm does, with registers or without."""
+    if "mask_token" not in state:
+        return dict(state)
+    renamed = {name: value for name, value in state.items() if name not in ("mask_token", "register_tokens")}
+    if "register_tokens" in state:  # timm adds the position of the class token to it once and for all
+        renamed["reg_token"] = state["register_tokens"]
+        renamed["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        renamed["pos_embed"] = state["pos_embed"][:, 1:]
+    return renamed
+
+
+_CLIP_NAMES = (
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^transformer\.resblocks\.", "blocks."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+def from_clip(state: State) -> State:
+    """Name the image tower of a CLIP by OpenAI's code as timm does; the tower of the texts is left out."""
+    visual = _under("visual.", state)
+    if "class_embedding" not in visual:
+        return visual
+    renamed: State = {}
+    for name, value in visual.items():
+        for pattern, replacement in _CLIP_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    renamed["cls_token"] = renamed["cls_token"].view(1, 1, -1)
+    renamed["pos_embed"] = renamed["pos_embed"][None]  # (1, tokens, features)
+    renamed["head.weight"] = renamed.pop("proj").T
+    renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]), dtype=renamed["head.weight"].dtype)
+    return renamed
+
+
+def _under(prefix: str, state: State) -> State:
+    """The tensors whose names have `prefix` (at their beginning or behind a dot), without it; all if none has it."""
+    named = re.compile(rf"(.*?\.)?{re.escape(prefix)}(.*)")
+    found = {match[2]: value for name, value in state.items() if (match := named.fullmatch(name))} if prefix else {}
+    return found or dict(state)

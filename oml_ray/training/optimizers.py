@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from oml_ray.errors import ConfigError, reason_of
@@ -24,9 +26,11 @@ def build_optimizer(
     weight_decay: float,
     criterion_lr: float | None = None,
     projection_lr: float | None = None,
+    layer_decay: float | None = None,
+    decay_norm_and_bias: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """Build a torch optimizer over the backbone, the projection and the criterion, each a parameter group.
+    """Build a torch optimizer over the backbone, the projection and the criterion, each in parameter groups of its own.
 
     Args:
         learner: whose parameters move.
@@ -34,11 +38,19 @@ def build_optimizer(
         lr: learning rate.
         weight_decay: weight decay.
         criterion_lr: learning rate of the criterion's parameters, None for `lr`.
-        projection_lr: learning rate of the extractor's projection, None for `lr`.
+        projection_lr: learning rate of the extractor's projection and of a learned pooling, None for `lr`.
+        layer_decay: in (0, 1]: a layer of the backbone that has k layers above it learns at lr * layer_decay^k, and the
+            last one at lr (Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT"); None for lr everywhere. The layers
+            are timm's.
+        decay_norm_and_bias: whether weight decay also shrinks biases, norms (every parameter of one dimension) and what
+            the backbone itself exempts, such as position embeddings.
         options: further arguments of the optimizer.
 
+    Returns:
+        The optimizer; each group has its own "lr", and the first is the backbone's last layer.
+
     Raises:
-        ConfigError: no such optimizer, or arguments that it does not take.
+        ConfigError: no such optimizer, arguments that it does not take, or a backbone without layers to tell apart.
     """
     kinds = {
         kind.lower(): getattr(torch.optim, kind)
@@ -63,21 +75,51 @@ def build_optimizer(
             f"optimizer.options: {kind.__name__} does not take {', '.join(unknown)}; "
             f"allowed: {', '.join(sorted(allowed))}."
         )
-    parts: list[tuple[nn.Module, float | None]] = [
-        (learner.extractor.backbone, None),
-        (learner.extractor.projection, projection_lr),
-        (learner.criterion, criterion_lr),
-    ]
+    exempt = not decay_norm_and_bias and weight_decay > 0
+    pooling_and_projection = nn.ModuleList([learner.extractor.pooling or nn.Identity(), learner.extractor.projection])
     groups = [
-        {"params": parameters, "lr": own_lr or lr}
-        for module, own_lr in parts
-        if (parameters := list(module.parameters()))
+        *_groups(learner.extractor.backbone, lr, exempt, layer_decay),
+        *_groups(pooling_and_projection, lr if projection_lr is None else projection_lr, exempt),
+        *_groups(learner.criterion, lr if criterion_lr is None else criterion_lr, exempt),
     ]
     try:
         optimizer: torch.optim.Optimizer = kind(groups, **{**rates, **(options or {})})
     except Exception as error:  # each optimizer checks in its own way
         raise ConfigError(f"optimizer: {kind.__name__} refuses its arguments: {reason_of(error)}.") from None
     return optimizer
+
+
+def _groups(module: nn.Module, lr: float, exempt: bool, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """Parameter groups of a part: by layer, the last one first, and by whether weight decay applies."""
+    heights = {} if layer_decay is None else _layers_above(module, layer_decay)
+    exemptions: Any = getattr(module, "no_weight_decay", tuple)
+    spared: Sequence[str] = list(exemptions())
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        is_spared = parameter.ndim <= 1 or any(fnmatch(name, pattern) for pattern in spared)
+        members.setdefault((heights.get(name, 0), exempt and is_spared), []).append(parameter)
+    return [
+        {
+            "params": members[above, undecayed],
+            "lr": lr * (layer_decay or 1.0) ** above,
+            **({"weight_decay": 0.0} if undecayed else {}),
+        }
+        for above, undecayed in sorted(members)
+    ]
+
+
+def _layers_above(backbone: nn.Module, layer_decay: float) -> dict[str, int]:
+    """How many layers of the backbone lie above each parameter's."""
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(f"optimizer.layer_decay must be in (0, 1], found {layer_decay}.")
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        raise ConfigError(
+            f"optimizer.layer_decay: {type(backbone).__name__} does not tell its layers apart: set it to null."
+        )
+    layers: dict[str, int] = group_parameters(backbone, matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: last - layer for name, layer in layers.items()}
 
 
 def constant(*, warmup_steps: int = 0) -> Factor:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from oml_ray.errors import CheckpointError, ConfigError
-from oml_ray.learning.extractors import timm_extractor
+from oml_ray.learning.extractors import Extractor, timm_extractor
 from oml_ray.learning.weights import fit_names, read_weights
 
 
@@ -125,3 +125,102 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
 def test_absent_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a file"):
         read_weights(tmp_path / "nowhere.pth")
+
+
+def unpooled(extractor: Extractor) -> torch.Tensor:
+    """What the backbone gives before its pooling."""
+    pixels = (images().float() - extractor.mean) / extractor.std
+    with torch.no_grad():
+        features: torch.Tensor = extractor.backbone.forward_features(pixels)
+    return features
+
+
+POOLS = {
+    "avg": lambda values: values.mean(-1),
+    "max": lambda values: values.amax(-1),
+    "avgmax": lambda values: (values.mean(-1) + values.amax(-1)) / 2,
+    "gem": lambda values: values.double().clamp(min=1e-6).pow(3).mean(-1).pow(1 / 3).float(),
+}
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "avgmax", "gem"])
+def test_feature_maps_are_pooled_as_asked(pooling: str) -> None:
+    extractor = timm_extractor("test_resnet", size=64, pooling=pooling, normalize=False).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        embeddings = extractor(images())
+    torch.testing.assert_close(embeddings, POOLS[pooling](unpooled(extractor).flatten(2)))
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "avgmax", "gem"])
+def test_tokens_are_pooled_over_patches_alone(pooling: str) -> None:
+    extractor = timm_extractor("test_vit", size=64, pooling=pooling, normalize=False).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        embeddings = extractor(images())
+    patches = unpooled(extractor)[:, 1:]
+    assert patches.shape[1] == (64 // 16) ** 2
+    torch.testing.assert_close(embeddings, POOLS[pooling](patches.transpose(1, 2)))
+
+
+@pytest.mark.parametrize(("model", "positions"), [("test_convnext", (2, 3)), ("test_mambaout", (1, 2))])
+def test_what_follows_the_networks_pooling_follows_gem(model: str, positions: tuple[int, int]) -> None:
+    """Both have layers behind their pooling; the second network keeps channels last."""
+    extractor = timm_extractor(model, size=64, pooling="gem", gem_p=1.0, normalize=False).eval()
+    head = extractor.backbone.head
+    with torch.no_grad():
+        pooled = unpooled(extractor).clamp(min=1e-6).mean(positions)
+        expected = head.pre_logits(torch.nn.functional.layer_norm(pooled, pooled.shape[1:], eps=head.norm.eps))
+        torch.testing.assert_close(extractor(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "gem"])
+@pytest.mark.parametrize("model", ["test_vit", "test_vit3", "test_resnet"])
+def test_weights_load_whatever_the_pooling(model: str, pooling: str) -> None:
+    """A ViT of timm that is built for another pooling moves its last norm, whose weights then find no place."""
+    whole = timm.create_model(model).state_dict()
+    state = {name: torch.randn_like(value) if value.is_floating_point() else value for name, value in whole.items()}
+    extractor = timm_extractor(model, size=64, weights=state, pooling=pooling)  # type: ignore[arg-type]
+    assert "state_dict" not in extractor.backbone.pretrained_cfg  # or all weights would be kept twice
+    for name, value in extractor.backbone.state_dict().items():
+        if name != "pos_embed":  # resampled to the size
+            assert torch.equal(value, state[name]), name
+
+
+def test_a_state_with_gem_is_plain_and_comes_back() -> None:
+    extractor, other = (timm_extractor("test_resnet", size=64, embedding_dim=8, pooling="gem").eval() for _ in range(2))
+    default = timm_extractor("test_resnet", size=64, embedding_dim=8)
+    torch.nn.init.constant_(extractor.pooling.p, 4.5)
+    assert set(extractor.state_dict()) - set(default.state_dict()) == {"pooling.p"}
+    other.load_state_dict(extractor.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(images()), extractor(images()))
+
+
+def test_the_exponent_learns_while_the_backbone_is_frozen() -> None:
+    extractor = timm_extractor("test_resnet", size=64, pooling="gem")
+    extractor.freeze_backbone(True)
+    extractor(images())[:, 0].sum().backward()
+    assert extractor.pooling.p.grad is not None
+    assert all(parameter.grad is None for parameter in extractor.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "pooling", "message"),
+    [
+        ("pvt_v2_b0", "max", "pvt_v2_b0 has no max pooling.*Only avg"),
+        ("efficientvit_b0", "gem", "efficientvit_b0 has no gem pooling.*Cannot disable"),
+        ("efficientvim_m1", "gem", "efficientvim_m1 cannot pool by gem"),
+        ("pit_ti_224", "gem", "pit_ti_224 does not say which of its tokens are patches"),
+    ],
+)
+def test_poolings_that_a_network_cannot_do_are_refused(model: str, pooling: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"extractor.pooling: {message}"):
+        timm_extractor(model, size=224, pooling=pooling)  # type: ignore[arg-type]
+
+
+def test_the_last_layer_is_kept_on_demand() -> None:
+    state = timm.create_model("test_vit", num_classes=1000).state_dict()
+    extractor = timm_extractor("test_vit", size=64, weights=state, keep_head=True)
+    assert extractor.embedding_dim == 1000
+    assert torch.equal(extractor.backbone.head.weight, state["head.weight"])
+    with pytest.raises(ConfigError, match="only with its own pooling"):
+        timm_extractor("test_vit", size=64, keep_head=True, pooling="gem")

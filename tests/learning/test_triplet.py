@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oml_ray.learning.losses.triplet import TripletLoss
-from oml_ray.learning.miners import AllTriplets, HardTriplets
+from oml_ray.learning.miners import AllTriplets, HardClusterTriplets, HardTriplets
+from oml_ray.learning.pairs import Memory
 
 
 def naive(embeddings: np.ndarray, labels: np.ndarray, margin: float | None, hard: bool) -> float:
@@ -77,3 +78,25 @@ def test_equal_embeddings_have_finite_gradients() -> None:
 def test_a_margin_below_zero_is_refused(margin: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         TripletLoss(HardTriplets(), margin=margin)
+
+
+def test_triplets_of_centres_have_the_loss_of_their_embeddings() -> None:
+    """Centres are 1, 10 and 18 (of one instance, so no anchor): 8.5 + 1 - 9 and 8.5 + 4 - 8."""
+    embeddings = torch.tensor([[0.0], [2.0], [6.0], [14.0], [18.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    criterion = TripletLoss(HardClusterTriplets(), margin=8.5)
+    loss, logs = criterion(embeddings, labels)
+    assert float(loss.detach()) == pytest.approx(2.5)
+    assert logs["distance_negative"] == 8.5
+    assert torch.autograd.gradcheck(lambda x: criterion(x, labels)[0], embeddings)
+    memory = Memory(torch.tensor([[1.5], [30.0]], dtype=torch.float64), torch.tensor([0, 3]))
+    assert torch.autograd.gradcheck(lambda x: criterion(x, labels, memory)[0], embeddings)
+
+
+def test_centres_alone_have_zero_loss_and_gradients() -> None:
+    embeddings = torch.randn(3, 2, requires_grad=True)
+    loss, _ = TripletLoss(HardClusterTriplets(), margin=0.2)(embeddings, torch.tensor([0, 1, 2]))
+    loss.backward()
+    assert loss == 0
+    assert embeddings.grad is not None
+    assert (embeddings.grad == 0).all()

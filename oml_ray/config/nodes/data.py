@@ -69,19 +69,3 @@ class Transforms(Node):
     """Augmentation of train images."""
     eval: Transform
     """Preparation of images that are embedded: nothing random."""
-
-
-class BalanceSampler(Node):
-    name: Literal["balance"]
-    n_labels: Annotated[int, Field(ge=2)]
-    """Labels in the global batch."""
-    n_instances: Annotated[int, Field(ge=2)]
-    """Instances of each label in the global batch."""
-
-    @property
-    def batch_size(self) -> int:
-        """Instances in the global batch."""
-        return self.n_labels * self.n_instances
-
-
-Sampler = BalanceSampler

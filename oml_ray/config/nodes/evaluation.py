@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from oml_ray.config.nodes.base import Node, NonNegative, Positive, Seed
-from oml_ray.config.nodes.learning import Extractor
+from oml_ray.config.nodes.extractors import Extractor
 
 
 class Embed(Node):

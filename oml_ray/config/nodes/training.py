@@ -56,8 +56,8 @@ class Training(Node):
     """Epochs of the plan."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Arithmetic of the extractor: bf16 and fp16 by autocast, fp64 throughout."""
-    micro_batch: None = None
-    """Instances embedded at once; null: the whole slice."""
+    micro_batch: Positive | None = None
+    """Instances of a worker's slice whose activations are held at once, at the cost of embedding twice; null: all."""
     clip_grad_norm: Rate | None = None
     """Largest L2 norm of the gradient of all parameters; null: no clipping."""
     freeze_epochs: NonNegative = 0

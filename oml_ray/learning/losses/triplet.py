@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from oml_ray.distances import paired, pairwise
 from oml_ray.learning.losses.all_triplets import all_triplets
 from oml_ray.learning.losses.criterion import Loss
-from oml_ray.learning.miners import Miner, Triplets
+from oml_ray.learning.miners import EmbeddingTriplets, Miner, Triplets
 from oml_ray.learning.pairs import Masks, Memory, masked_mean, references
 
 
@@ -55,7 +55,10 @@ class TripletLoss(nn.Module):
         others, _ = references(embeddings, labels, memory)
         if isinstance(mined, Masks):
             return self._of_pairs(pairwise(embeddings, others), mined)
-        positive, negative = _distances(embeddings, others, mined)
+        if isinstance(mined, EmbeddingTriplets):
+            positive, negative = paired(mined.anchors, mined.positives), paired(mined.anchors, mined.negatives)
+        else:
+            positive, negative = _distances(embeddings, others, mined)
         gap = positive - negative
         losses = nn.functional.softplus(gap) if self.margin is None else torch.relu(gap + self.margin)
         weights = mined.valid.to(losses.dtype) / mined.valid.sum().clamp(min=1)
@@ -65,7 +68,7 @@ class TripletLoss(nn.Module):
                 "distance_negative": negative @ weights,
                 "active_triplets": (losses > 0).to(losses.dtype) @ weights,
             }
-            if memory is not None:
+            if memory is not None and isinstance(mined, Triplets):
                 logs["positives_from_bank"] = (mined.positives >= len(labels)).to(losses.dtype) @ weights
                 logs["negatives_from_bank"] = (mined.negatives >= len(labels)).to(losses.dtype) @ weights
         return losses @ weights, logs

@@ -28,11 +28,31 @@ class Triplets(NamedTuple):
     """bool (T,): whether it is a triplet at all, as an anchor may have no positive or no negative."""
 
 
+class EmbeddingTriplets(NamedTuple):
+    """Triplets as embeddings, which gradients reach: of points that are no instance, such as a label's centre."""
+
+    anchors: Tensor
+    """(T, D)."""
+    positives: Tensor
+    """(T, D)."""
+    negatives: Tensor
+    """(T, D)."""
+    valid: Tensor
+    """bool (T,): whether it is a triplet at all."""
+
+
 class TripletMiner(Protocol):
     """Picks triplets of a batch."""
 
     def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Triplets:
         """Pick triplets from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
+
+
+class EmbeddingMiner(Protocol):
+    """Makes triplets of points that it computes from a batch."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> EmbeddingTriplets:
+        """Make triplets from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
 
 
 class PairMiner(Protocol):
@@ -42,4 +62,4 @@ class PairMiner(Protocol):
         """Pick pairs from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
 
 
-Miner = TripletMiner | PairMiner
+Miner = TripletMiner | EmbeddingMiner | PairMiner

@@ -1,4 +1,4 @@
-"""Nodes of what learns: extractors, miners, criteria."""
+"""Nodes of extractors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oml_ray.config.nodes.base import Node, Positive, Rate
+from oml_ray.config.nodes.base import Node, Positive
 
 
 class TimmExtractor(Node):
@@ -26,27 +26,3 @@ class TimmExtractor(Node):
 
 
 Extractor = TimmExtractor
-
-
-class AllMiner(Node):
-    name: Literal["all"]
-
-
-class HardMiner(Node):
-    name: Literal["hard"]
-
-
-Miner = Annotated[AllMiner | HardMiner, Field(discriminator="name")]
-
-
-class Triplet(Node):
-    name: Literal["triplet"]
-    margin: Rate | None = 0.2
-    """Distance by which a negative must be farther than a positive; null: the soft margin."""
-    miner: Miner = HardMiner(name="hard")
-    """Which triplets of the global batch the loss sees."""
-    bank: None = None
-    """Memory of earlier batches; null: none."""
-
-
-Criterion = Triplet

@@ -1,0 +1,111 @@
+"""From config nodes to tables, plans and loaders."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+
+from oml_ray.build.arguments import arguments
+from oml_ray.config import TrainConfig, nodes
+from oml_ray.data import samplers, transforms
+from oml_ray.data.figures import write_figures
+from oml_ray.data.filesystem import is_uri, join, resolve
+from oml_ray.data.images import EvaluationLoader, ImageReader, TrainingLoader
+from oml_ray.data.plan import Plan
+from oml_ray.data.table import Table, check_files_exist, read_table
+from oml_ray.training.context import LocalStream
+
+FIGURES = "figures"
+
+TRANSFORMS: dict[str, Callable[[Any], transforms.Transform]] = {
+    "resize": lambda node: transforms.Resize(node.size),
+    "crop_flip": lambda node: transforms.CropFlip(
+        node.size, scale=(node.scale[0], node.scale[1]), ratio=(node.ratio[0], node.ratio[1]), flip=node.flip
+    ),
+}
+SAMPLERS: dict[str, Callable[[Any, Table], samplers.Sampler]] = {
+    "balance": lambda node, table: samplers.BalanceSampler(table.train_ids, _train_labels(table), **arguments(node)),
+    "category_balance": lambda node, table: samplers.CategoryBalanceSampler(
+        table.train_ids, _train_labels(table), _train_categories(table), **arguments(node)
+    ),
+    "distinct_category_balance": lambda node, table: samplers.DistinctCategoryBalanceSampler(
+        table.train_ids, _train_labels(table), _train_categories(table), **arguments(node)
+    ),
+    "random": lambda node, table: samplers.RandomSampler(table.train_ids, **arguments(node)),
+}
+
+
+def table(data: nodes.Data, storage: str) -> Table:
+    """Read the table, generating the figures under `storage` if they are asked for, and look for its files.
+
+    Raises:
+        TableError: everything that is wrong with it.
+    """
+    source = figures_table(storage) if data.table == FIGURES else data.table
+    found = read_table(source, data.root)
+    check_files_exist(found)
+    return found
+
+
+def figures_table(storage: str) -> str:
+    """Path or URI of the generated data set's table under `storage`, generating it once."""
+    # A run's name cannot begin with an underscore: no run can take this folder.
+    folder = join(storage, "_figures")
+    filesystem, remote = resolve(folder)
+    if not is_uri(storage) or isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return str(write_figures(remote))
+    if filesystem.get_file_info(f"{remote}/df.csv").type == pyarrow.fs.FileType.NotFound:
+        with tempfile.TemporaryDirectory() as local:
+            write_figures(Path(local) / FIGURES)
+            for part in ("images", "df.csv"):  # the table last: where it is, everything is
+                filesystem.create_dir(f"{remote}/images", recursive=True)
+                source = str(Path(local) / FIGURES / part)
+                pyarrow.fs.copy_files(source, f"{remote}/{part}", destination_filesystem=filesystem)
+    return join(folder, "df.csv")
+
+
+def plan(config: TrainConfig, table: Table) -> Plan:
+    """Plan the global batches of a config."""
+    return Plan(SAMPLERS[config.sampler.name](config.sampler, table), config.seed)
+
+
+def transform(node: nodes.Resize | nodes.CropFlip) -> transforms.Transform:
+    """Build a transform."""
+    return TRANSFORMS[node.name](node)
+
+
+def training_loader(config: TrainConfig, table: Table) -> TrainingLoader:
+    """Build what loads planned batches."""
+    reader = ImageReader(table, max_pixels=config.data.max_pixels)
+    return TrainingLoader(
+        reader, transform(config.transforms.train), seed=config.seed, on_bad_image=config.data.on_bad_image
+    )
+
+
+def evaluation_loader(data: nodes.Data, table: Table, node: nodes.Resize) -> EvaluationLoader:
+    """Build what loads rows to embed."""
+    return EvaluationLoader(
+        ImageReader(table, max_pixels=data.max_pixels), transform(node), on_bad_image=data.on_bad_image
+    )
+
+
+def local_stream(config: TrainConfig, table: Table) -> LocalStream:
+    """Build a stream that needs no Ray."""
+    return LocalStream(
+        plan(config, table),
+        training_loader(config, table),
+        evaluation_loader(config.data, table, config.transforms.eval),  # type: ignore[arg-type]
+    )
+
+
+def _train_labels(table: Table) -> samplers.Ids:
+    return table.labels[table.train_ids]
+
+
+def _train_categories(table: Table) -> samplers.Ids:
+    return table.categories[table.train_ids].astype(np.int64)

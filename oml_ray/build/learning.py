@@ -1,0 +1,163 @@
+"""From config nodes to extractors, criteria and learners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from oml_ray.build.arguments import arguments
+from oml_ray.config import TrainConfig, nodes, validate
+from oml_ray.data.table import Table
+from oml_ray.errors import CheckpointError, ConfigError
+from oml_ray.learning import miners
+from oml_ray.learning.bank import Bank, BankedCriterion
+from oml_ray.learning.extractors import Extractor, timm_extractor
+from oml_ray.learning.learner import Learner
+from oml_ray.learning.losses.arcface import ArcFaceLoss, CosFaceLoss
+from oml_ray.learning.losses.circle import CircleLoss
+from oml_ray.learning.losses.contrastive import ContrastiveLoss
+from oml_ray.learning.losses.multi_similarity import MultiSimilarityLoss
+from oml_ray.learning.losses.ntxent import NTXentLoss
+from oml_ray.learning.losses.proxy_anchor import ProxyAnchorLoss
+from oml_ray.learning.losses.pytorch_metric_learning import PytorchMetricLearningLoss
+from oml_ray.learning.losses.smooth_ap import SmoothAPLoss
+from oml_ray.learning.losses.supcon import SupConLoss
+from oml_ray.learning.losses.surrogate_precision import SurrogatePrecisionLoss
+from oml_ray.learning.losses.surrogate_recall import SurrogateRecallLoss
+from oml_ray.learning.losses.triplet import TripletLoss
+from oml_ray.learning.weights import read_weights
+from oml_ray.training import checkpoint as checkpoints
+from oml_ray.training import optimizers
+from oml_ray.training.loop import AUTOCAST
+
+MINERS: dict[str, Callable[[Any], Any]] = {
+    "all": lambda node: miners.AllTriplets(),
+    "hard": lambda node: miners.HardTriplets(),
+    "n_hard": lambda node: miners.NHardTriplets(_ranks(node.n_positive), _ranks(node.n_negative)),
+    "hard_cluster": lambda node: miners.HardClusterTriplets(),
+    "multi_similarity": lambda node: miners.MultiSimilarityPairs(**arguments(node)),
+    "distance_weighted": lambda node: miners.DistanceWeightedTriplets(**arguments(node)),
+}
+PAIR_CRITERIA: dict[str, Callable[..., nn.Module]] = {
+    "triplet": TripletLoss,
+    "contrastive": ContrastiveLoss,
+    "multi_similarity": MultiSimilarityLoss,
+    "supcon": SupConLoss,
+    "ntxent": NTXentLoss,
+    "circle": CircleLoss,
+    "smooth_ap": SmoothAPLoss,
+    "surrogate_recall": SurrogateRecallLoss,
+    "surrogate_precision": SurrogatePrecisionLoss,
+}
+PROXY_CRITERIA: dict[str, Callable[..., nn.Module]] = {
+    "arcface": ArcFaceLoss,
+    "cosface": CosFaceLoss,
+}
+
+
+def extractor(node: nodes.Extractor, size: int) -> Extractor:
+    """Build an extractor, with its weights where the config names some.
+
+    Raises:
+        ConfigError: timm has no such model.
+        CheckpointError: the weights are of another architecture.
+    """
+    from_run = node.weights is not None and not Path(node.weights).suffix
+    built = timm_extractor(
+        node.model,
+        size=size,
+        pretrained=node.pretrained,
+        weights=read_weights(node.weights) if node.weights is not None and not from_run else None,
+        embedding_dim=node.embedding_dim,
+        hidden_dims=node.hidden_dims,
+        normalize=node.normalize,
+    )
+    if node.weights is not None and from_run:
+        with checkpoints.located(node.weights) as folder:
+            return _load_extractor(built, folder, node)
+    return built
+
+
+def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
+    """Build the extractor of a checkpoint (path or URI) with its weights, and return it with the run's config.
+
+    Raises:
+        CheckpointError: it is absent, damaged or of an unknown format.
+    """
+    with checkpoints.located(checkpoint) as folder:
+        meta = checkpoints.read_meta(folder)
+        try:
+            config = validate(TrainConfig, meta["config"], f"{folder}/{checkpoints.META}")
+        except (KeyError, ConfigError) as error:
+            raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
+        node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
+        return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
+
+
+def _load_extractor(built: Extractor, folder: Path, node: nodes.Extractor) -> Extractor:
+    state = checkpoints.read_extractor(folder)
+    try:
+        built.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"The checkpoint {folder} is of another architecture than {node.model}: {reason}"
+        ) from None
+    return built
+
+
+def criterion(config: TrainConfig, table: Table, embedding_dim: int) -> nn.Module:
+    """Build the criterion for a table's train labels.
+
+    Raises:
+        ConfigError: the table has no categories that it needs, or the criterion refuses its arguments.
+    """
+    node = config.criterion
+    if isinstance(node, nodes.OfPairs):
+        parts = {"miner": MINERS[node.miner.name](node.miner)} if hasattr(node, "miner") else {}
+        of_pairs = PAIR_CRITERIA[node.name](**arguments(node, without=["bank"]), **parts)
+        return of_pairs if node.bank is None else BankedCriterion(of_pairs, Bank(node.bank.size_in_batches))
+    labels, first = np.unique(table.labels[table.train_ids], return_index=True)
+    if isinstance(node, nodes.PytorchMetricLearning):
+        return PytorchMetricLearningLoss(node.loss, dict(node.arguments), len(labels), embedding_dim)
+    known = torch.from_numpy(labels)
+    if isinstance(node, nodes.ProxyAnchor):
+        return ProxyAnchorLoss(known, embedding_dim, **arguments(node))
+    categories = None
+    if node.smooth_within_category:
+        codes = table.categories[table.train_ids][first]
+        if (codes < 0).any():
+            raise ConfigError(
+                f"criterion.smooth_within_category needs a category for every train label, but {table.source} has "
+                f"{int((codes < 0).sum())} without one: fill the column category, or set it to false."
+            )
+        categories = torch.from_numpy(codes.astype(np.int64))
+    return PROXY_CRITERIA[node.name](
+        known, embedding_dim, categories=categories, **arguments(node, without=["smooth_within_category"])
+    )
+
+
+def learner(config: TrainConfig, table: Table) -> Learner:
+    """Build extractor and criterion, their initial parameters drawn from the config's seed."""
+    torch.manual_seed(config.seed)
+    extracting = extractor(config.extractor, config.transforms.eval.size)
+    return Learner(
+        extracting,
+        criterion(config, table, extracting.embedding_dim),
+        autocast=AUTOCAST.get(config.training.precision),
+        micro_batch=config.training.micro_batch,
+    )
+
+
+def optimizer(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
+    """Build the optimizer of a learner."""
+    return optimizers.build_optimizer(learner, **config.optimizer.model_dump())
+
+
+def _ranks(value: int | list[int]) -> int | tuple[int, int]:
+    return value if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from oml_ray.learning.weights import State, from_clip, from_dinov2, from_moco, from_oml, read_weights
+
+
+def assert_equal(one: State, other: State) -> None:
+    assert set(one) == set(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def randomised(state: State) -> State:
+    return {name: torch.randn(value.shape) for name, value in state.items()}
+
+
+def test_moco_keeps_the_query_encoder_without_its_head(tmp_path: Path) -> None:
+    state = randomised(timm.create_model("resnet18", num_classes=0).state_dict())
+    published = {f"module.encoder_q.{name}": value for name, value in state.items()}
+    published |= {f"module.encoder_k.{name}": torch.zeros(1) for name in state}
+    published |= {f"module.encoder_q.fc.{part}": torch.zeros(1) for part in ("0.weight", "0.bias", "2.weight")}
+    published |= {"module.queue": torch.zeros(1), "module.queue_ptr": torch.zeros(1)}
+    assert_equal(from_moco(published), state)
+    torch.save({"epoch": 800, "arch": "resnet50", "state_dict": published}, tmp_path / "moco.pth.tar")
+    assert_equal(from_moco(read_weights(tmp_path / "moco.pth.tar")), state)
+    assert_equal(from_moco(state), state)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "extractor.model."])
+def test_oml_checkpoints_lose_their_prefix_and_criterion(prefix: str) -> None:
+    state = randomised(timm.create_model("test_vit", num_classes=0).state_dict())
+    published = {f"{prefix}{name}": value for name, value in state.items()}
+    assert_equal(from_oml({**published, "criterion.weight": torch.zeros(1)}), state)
+
+
+def clip_state(width: int, depth: int, patches: int, out: int) -> State:
+    """The names and shapes of OpenAI's code, with a tower for texts."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "class_embedding": (width,),
+        "positional_embedding": (patches + 1, width),
+        "proj": (width, out),
+        "conv1.weight": (width, 3, 16, 16),
+    }
+    for name in ("ln_pre", "ln_post"):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for block in range(depth):
+        prefix = f"transformer.resblocks.{block}."
+        shapes |= {
+            f"{prefix}attn.in_proj_weight": (3 * width, width),
+            f"{prefix}attn.in_proj_bias": (3 * width,),
+            f"{prefix}attn.out_proj.weight": (width, width),
+            f"{prefix}attn.out_proj.bias": (width,),
+            f"{prefix}mlp.c_fc.weight": (4 * width, width),
+            f"{prefix}mlp.c_fc.bias": (4 * width,),
+            f"{prefix}mlp.c_proj.weight": (width, 4 * width),
+            f"{prefix}mlp.c_proj.bias": (width,),
+        }
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"{prefix}{name}.weight": (width,), f"{prefix}{name}.bias": (width,)}
+    texts = {"logit_scale": (), "positional_embedding": (7, 8), "transformer.resblocks.0.ln_1.weight": (8,)}
+    return {
+        **{name: torch.randn(shape) for name, shape in texts.items()},
+        **{f"visual.{name}": torch.randn(shape) for name, shape in shapes.items()},
+    }
+
+
+def test_clip_is_named_as_timm_names_it() -> None:
+    model = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=5, pre_norm=True
+    )
+    state = clip_state(width=24, depth=2, patches=4, out=5)
+    renamed = from_clip(state)
+    assert_equal(renamed, checkpoint_filter_fn(dict(state), model))
+    model.load_state_dict(renamed)
+    assert_equal(from_clip(renamed), renamed)
+    assert_equal(from_clip({f"clip.{name}": value for name, value in state.items()}), renamed)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_is_named_as_timm_names_it(registers: int) -> None:
+    model = VisionTransformer(
+        img_size=28,
+        patch_size=14,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        init_values=1e-5,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+    )
+    state = randomised(model.state_dict())
+    published = {**state, "mask_token": torch.zeros(1, 24)}
+    if registers:
+        published["register_tokens"] = published.pop("reg_token")
+        published["pos_embed"] = torch.randn(1, 5, 24)
+    renamed = from_dinov2(published)
+    assert_equal(renamed, checkpoint_filter_fn(dict(published), model))
+    model.load_state_dict(renamed)
+    assert_equal(from_dinov2(renamed), renamed)
