@@ -22,11 +22,12 @@ from oml_ray.training.context import LocalStream
 
 FIGURES = "figures"
 
-TRANSFORMS: dict[str, Callable[[Any], transforms.Transform]] = {
-    "resize": lambda node: transforms.Resize(node.size),
-    "crop_flip": lambda node: transforms.CropFlip(
-        node.size, scale=(node.scale[0], node.scale[1]), ratio=(node.ratio[0], node.ratio[1]), flip=node.flip
-    ),
+TRANSFORMS: dict[str, Callable[..., transforms.Transform]] = {
+    "resize": transforms.Resize,
+    "resize_flip": transforms.ResizeFlip,
+    "resize_crop": transforms.ResizeCrop,
+    "crop_flip": transforms.CropFlip,
+    "random_resized_crop": transforms.RandomResizedCrop,
 }
 SAMPLERS: dict[str, Callable[[Any, Table], samplers.Sampler]] = {
     "balance": lambda node, table: samplers.BalanceSampler(table.train_ids, _train_labels(table), **arguments(node)),
@@ -74,9 +75,11 @@ def plan(config: TrainConfig, table: Table) -> Plan:
     return Plan(SAMPLERS[config.sampler.name](config.sampler, table), config.seed)
 
 
-def transform(node: nodes.Resize | nodes.CropFlip) -> transforms.Transform:
+def transform(node: nodes.Transform) -> transforms.Transform:
     """Build a transform."""
-    return TRANSFORMS[node.name](node)
+    built = TRANSFORMS[node.name](**arguments(node, without=["jitter"]))
+    jitter = getattr(node, "jitter", None)
+    return built if jitter is None else transforms.ColorJitter(built, **arguments(jitter))
 
 
 def training_loader(config: TrainConfig, table: Table) -> TrainingLoader:
@@ -87,7 +90,7 @@ def training_loader(config: TrainConfig, table: Table) -> TrainingLoader:
     )
 
 
-def evaluation_loader(data: nodes.Data, table: Table, node: nodes.Resize) -> EvaluationLoader:
+def evaluation_loader(data: nodes.Data, table: Table, node: nodes.EvalTransform) -> EvaluationLoader:
     """Build what loads rows to embed."""
     return EvaluationLoader(
         ImageReader(table, max_pixels=data.max_pixels), transform(node), on_bad_image=data.on_bad_image
@@ -99,7 +102,7 @@ def local_stream(config: TrainConfig, table: Table) -> LocalStream:
     return LocalStream(
         plan(config, table),
         training_loader(config, table),
-        evaluation_loader(config.data, table, config.transforms.eval),  # type: ignore[arg-type]
+        evaluation_loader(config.data, table, config.transforms.eval),
     )
 
 

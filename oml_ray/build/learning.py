@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oml_ray.build.arguments import arguments
 from oml_ray.config import TrainConfig, nodes, validate
@@ -21,6 +21,7 @@ from oml_ray.learning.learner import Learner
 from oml_ray.learning.losses.arcface import ArcFaceLoss, CosFaceLoss
 from oml_ray.learning.losses.circle import CircleLoss
 from oml_ray.learning.losses.contrastive import ContrastiveLoss
+from oml_ray.learning.losses.margins import AngularMargin, CosineMargin, Margin
 from oml_ray.learning.losses.multi_similarity import MultiSimilarityLoss
 from oml_ray.learning.losses.ntxent import NTXentLoss
 from oml_ray.learning.losses.proxy_anchor import ProxyAnchorLoss
@@ -30,7 +31,10 @@ from oml_ray.learning.losses.supcon import SupConLoss
 from oml_ray.learning.losses.surrogate_precision import SurrogatePrecisionLoss
 from oml_ray.learning.losses.surrogate_recall import SurrogateRecallLoss
 from oml_ray.learning.losses.triplet import TripletLoss
+from oml_ray.learning.row_sparse import RowSparseAdamW, RowSparseOptimizer, RowSparseSGD
+from oml_ray.learning.sharded_head import ShardedHead
 from oml_ray.learning.weights import read_weights
+from oml_ray.learning.zoo import zoo_extractor
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import optimizers
 from oml_ray.training.loop import AUTOCAST
@@ -60,26 +64,34 @@ PROXY_CRITERIA: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+MARGINS: dict[str, Callable[[float], Margin]] = {"arcface": AngularMargin, "cosface": CosineMargin}
+ROW_OPTIMIZERS: dict[str, Callable[..., RowSparseOptimizer]] = {"adamw": RowSparseAdamW, "sgd": RowSparseSGD}
+
+
 def extractor(node: nodes.Extractor, size: int) -> Extractor:
     """Build an extractor, with its weights where the config names some.
 
     Raises:
-        ConfigError: timm has no such model.
+        ConfigError: there is no such model.
         CheckpointError: the weights are of another architecture.
     """
     from_run = node.weights is not None and not Path(node.weights).suffix
-    built = timm_extractor(
-        node.model,
-        size=size,
-        pretrained=node.pretrained,
-        weights=read_weights(node.weights) if node.weights is not None and not from_run else None,
-        embedding_dim=node.embedding_dim,
-        hidden_dims=node.hidden_dims,
-        normalize=node.normalize,
-    )
+    if isinstance(node, nodes.ZooExtractor):
+        weights = None if from_run else node.weights
+        built = zoo_extractor(
+            node.entry,
+            size=size,
+            weights=weights,
+            **{**_extracting(node), "pretrained": node.pretrained and not from_run},
+        )
+    else:
+        state = read_weights(node.weights) if node.weights is not None and not from_run else None
+        built = timm_extractor(
+            node.model, size=size, weights=state, pretrained=node.pretrained, gem_p=node.gem_p, **_extracting(node)
+        )
     if node.weights is not None and from_run:
         with checkpoints.located(node.weights) as folder:
-            return _load_extractor(built, folder, node)
+            return _load_extractor(built, folder)
     return built
 
 
@@ -96,23 +108,23 @@ def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
         except (KeyError, ConfigError) as error:
             raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
         node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
-        return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
+        return _load_extractor(extractor(node, config.transforms.eval.size), folder), config
 
 
-def _load_extractor(built: Extractor, folder: Path, node: nodes.Extractor) -> Extractor:
+def _load_extractor(built: Extractor, folder: Path) -> Extractor:
     state = checkpoints.read_extractor(folder)
     try:
         built.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"The checkpoint {folder} is of another architecture than {node.model}: {reason}"
+            f"The checkpoint {folder} is of another architecture than the config's extractor: {reason}"
         ) from None
     return built
 
 
-def criterion(config: TrainConfig, table: Table, embedding_dim: int) -> nn.Module:
-    """Build the criterion for a table's train labels.
+def criterion(config: TrainConfig, table: Table, embedding_dim: int, rank: int = 0, world_size: int = 1) -> nn.Module:
+    """Build the criterion for a table's train labels, and one rank's part of it where it is sharded.
 
     Raises:
         ConfigError: the table has no categories that it needs, or the criterion refuses its arguments.
@@ -128,6 +140,8 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int) -> nn.Modul
     known = torch.from_numpy(labels)
     if isinstance(node, nodes.ProxyAnchor):
         return ProxyAnchorLoss(known, embedding_dim, **arguments(node))
+    if node.head.sharded:
+        return _sharded_head(config, node, known, embedding_dim, rank, world_size)
     categories = None
     if node.smooth_within_category:
         codes = table.categories[table.train_ids][first]
@@ -142,21 +156,65 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int) -> nn.Modul
     )
 
 
-def learner(config: TrainConfig, table: Table) -> Learner:
-    """Build extractor and criterion, their initial parameters drawn from the config's seed."""
+def _sharded_head(
+    config: TrainConfig,
+    node: nodes.ArcFace | nodes.CosFace,
+    labels: Tensor,
+    embedding_dim: int,
+    rank: int,
+    world_size: int,
+) -> ShardedHead:
+    if world_size > len(labels):
+        raise ConfigError(
+            f"criterion.head.sharded: {len(labels)} train labels cannot be split over {world_size} workers: "
+            f"set scaling.num_workers to at most {len(labels)}."
+        )
+    moving = config.optimizer
+    rates = {"lr": moving.criterion_lr or moving.lr, "weight_decay": moving.weight_decay, **moving.options}
+    try:
+        rows = ROW_OPTIMIZERS[moving.name.lower()](**rates)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optimizer: a sharded head (criterion.head.sharded) refuses its arguments: {error}"
+        ) from None
+    return ShardedHead(
+        labels,
+        embedding_dim,
+        MARGINS[node.name](node.margin),
+        rows,
+        scale=node.scale,
+        sample_rate=node.head.sample_rate,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def learner(config: TrainConfig, table: Table, rank: int = 0, world_size: int = 1) -> Learner:
+    """Build extractor and criterion of one rank, their initial parameters drawn from the config's seed."""
     torch.manual_seed(config.seed)
-    extracting = extractor(config.extractor, config.transforms.eval.size)
+    extracting, training = extractor(config.extractor, config.transforms.eval.size), config.training
+    if training.freeze_statistics:
+        extracting.freeze_statistics()
+    if training.channels_last:
+        extracting.use_channels_last()
+    if training.compile:
+        extracting.backbone.compile()
     return Learner(
         extracting,
-        criterion(config, table, extracting.embedding_dim),
-        autocast=AUTOCAST.get(config.training.precision),
-        micro_batch=config.training.micro_batch,
+        criterion(config, table, extracting.embedding_dim, rank, world_size),
+        autocast=AUTOCAST.get(training.precision),
+        micro_batch=training.micro_batch,
     )
 
 
 def optimizer(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
     """Build the optimizer of a learner."""
     return optimizers.build_optimizer(learner, **config.optimizer.model_dump())
+
+
+def _extracting(node: nodes.OfEmbeddings) -> dict[str, Any]:
+    return arguments(node, without=["model", "entry", "weights", "pretrained", "gem_p"])
 
 
 def _ranks(value: int | list[int]) -> int | tuple[int, int]:

@@ -54,6 +54,7 @@ def settings(config: TrainConfig) -> Settings:
         precision=training.precision,
         clip_grad_norm=training.clip_grad_norm,
         freeze_epochs=training.freeze_epochs,
+        ema_decay=training.ema.decay if training.ema else None,
         log_every=training.log_every,
         checkpoint_every_steps=checkpoint.every_steps,
         keep=checkpoint.keep,
@@ -66,7 +67,7 @@ def settings(config: TrainConfig) -> Settings:
 
 def loop(config: TrainConfig, table: Table, plan: Plan, context: Context, run: RunDirectory) -> Loop:
     """Build the training loop of one rank, from the run's last checkpoint if it has one."""
-    learning = learner(config, table)
+    learning = learner(config, table, context.rank, context.world_size)
     return Loop(
         context,
         run,

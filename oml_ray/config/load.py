@@ -155,8 +155,8 @@ def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any])
     if kind == "union_tag_not_found":
         return f"{key} needs a key 'name' that says which kind it is."
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    if kind == "value_error" and not key:
-        return message
+    if kind == "value_error" and (not key or ", found " in message):
+        return f"{key}: {message}." if key else message
     shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:77]}..."
     return f"{key}: {message}, found {shown}."
 
@@ -167,7 +167,7 @@ def _within(location: Sequence[int | str], tree: Any) -> list[int | str]:
     for position, part in enumerate(location):
         is_last = position == len(location) - 1
         if isinstance(tree, Mapping):
-            if part not in tree and not is_last:
+            if part not in tree and (not is_last or part == tree.get("name")):
                 continue
             # A tag at the very end stands for the node itself.
             tree = tree.get(part) if part in tree else None
@@ -194,7 +194,8 @@ def _legal_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[
             if part in typing.get_args(getattr(model.model_fields.get("name"), "annotation", None))
         ]
         candidates = following or tagged or [model for model in candidates if part in model.model_fields] or candidates
-    return list(dict.fromkeys(key for model in candidates for key in model.model_fields))
+    keys = dict.fromkeys(key for model in candidates for key in model.model_fields)
+    return sorted(keys, key=lambda key: key != "name")  # the name first: it decides on the others
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -55,19 +55,24 @@ class TrainConfig(Node):
                 f"transforms.train.size ({self.transforms.train.size}) and transforms.eval.size "
                 f"({self.transforms.eval.size}) differ: the extractor is built for one size."
             )
-        if self.transforms.eval.name != "resize":
-            raise ValueError(f"transforms.eval: {self.transforms.eval.name!r} is random, allowed is 'resize'.")
         if self.checkpoint.metric not in self.evaluation.metrics.names:
             raise ValueError(
                 f"checkpoint.metric: {self.checkpoint.metric!r} is not computed: use one of "
                 f"{', '.join(self.evaluation.metrics.names)}, or add its rank under evaluation.metrics."
             )
-        if self.extractor.pretrained and self.extractor.weights:
+        extractor = self.extractor
+        if isinstance(extractor, nodes.TimmExtractor) and extractor.pretrained and extractor.weights:
             raise ValueError("extractor.pretrained and extractor.weights exclude each other: set one of them.")
         if self.training.freeze_epochs and self.extractor.embedding_dim is None:
             raise ValueError(
                 "training.freeze_epochs freezes the backbone, and nothing else has parameters: "
                 "set extractor.embedding_dim, or training.freeze_epochs: 0."
+            )
+        is_sharded = isinstance(self.criterion, nodes.OfProxies) and self.criterion.head.sharded
+        if is_sharded and self.optimizer.name.lower() not in ("adamw", "sgd"):
+            raise ValueError(
+                f"optimizer.name: {self.optimizer.name!r} cannot move a sharded head (criterion.head.sharded): "
+                "use adamw or sgd."
             )
         return self
 

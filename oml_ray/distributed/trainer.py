@@ -63,7 +63,7 @@ def prepare(config: TrainConfig) -> Table:
     evaluate.check(table)
     plan = build.plan(config, table)
     build.factor(config, plan.steps_per_epoch)
-    build.optimizer(config, build.learner(config, table))
+    build.optimizer(config, build.learner(config, table, 0, config.scaling.num_workers))
     return table
 
 
@@ -98,7 +98,7 @@ def fit(
     """Run `work` (the training loop) on Ray Train workers, in a session that is there."""
     quiet()
     scaling = config.scaling
-    loaders = build.training_loader(config, table), build.evaluation_loader(config.data, table, config.transforms.eval)  # type: ignore[arg-type]
+    loaders = build.training_loader(config, table), build.evaluation_loader(config.data, table, config.transforms.eval)
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         work or _work,

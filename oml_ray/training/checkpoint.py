@@ -6,7 +6,8 @@
       step_00000054/
         extractor.safetensors   weights, all that an evaluation needs beside the config
         training.pt             criterion, optimizer, scaler: tensors and plain values only
-        meta.json               position, best metric, config, versions, and the checksums of both files
+        meta.json               position, best metric, config, versions, and the checksums of the other files
+        head_*.safetensors      a sharded head, if there is one: `sharded_checkpoint`
       best, last                text files naming a step folder: resolvable on object stores too
 """
 
@@ -16,7 +17,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class Checkpoint:
     extractor: State
     """Weights of the extractor."""
     training: dict[str, Any]
-    """States of criterion, optimizer and scaler (the learning rate is a function of the step)."""
+    """The state of `Updates` (the learning rate is a function of the step)."""
     position: Position
     """The next batch."""
     best: float | None
@@ -64,7 +65,14 @@ class Checkpoint:
     """Resolved config, table fingerprint, versions, and what else is plain data."""
 
 
-def save(run: RunDirectory, checkpoint: Checkpoint, *, is_best: bool, keep: int) -> None:
+def save(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    *,
+    is_best: bool,
+    keep: int,
+    also: Callable[[Path], list[str]] | None = None,
+) -> None:
     """Write a checkpoint so that a reader sees all of it or none, then move `last` (and `best`) to it.
 
     Args:
@@ -72,6 +80,7 @@ def save(run: RunDirectory, checkpoint: Checkpoint, *, is_best: bool, keep: int)
         checkpoint: what.
         is_best: whether `best` moves to it too.
         keep: how many of the newest to keep, beside the best.
+        also: writes further files into a folder and gives their names.
     """
     name = f"step_{checkpoint.position.global_step:08d}"
     final = run.path(FOLDER, name)
@@ -80,11 +89,12 @@ def save(run: RunDirectory, checkpoint: Checkpoint, *, is_best: bool, keep: int)
     try:
         save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
         torch.save(checkpoint.training, staged / TRAINING)
+        files = [WEIGHTS, TRAINING, *(also(staged) if also else ())]
         meta = {
             "format": FORMAT,
             "position": asdict(checkpoint.position),
             "best": checkpoint.best,
-            "files": {file: _checksum(staged / file) for file in (WEIGHTS, TRAINING)},
+            "files": {file: _checksum(staged / file) for file in files},
             **checkpoint.meta,
         }
         write_atomically(staged / META, json.dumps(meta, indent=1).encode())
@@ -117,15 +127,18 @@ def _prune(run: RunDirectory, keep: int) -> None:
             run.remove(FOLDER, name)
 
 
-def latest(run: RunDirectory) -> Checkpoint | None:
-    """Return the last checkpoint of a run, None before the first."""
+def latest(run: RunDirectory, *, also: Callable[[Path], None] | None = None) -> Checkpoint | None:
+    """Return the last checkpoint of a run, None before the first; `also` reads more from its folder."""
     steps = [name for name in run.names(FOLDER) if name.startswith("step_")]
     last = (run.read_text(FOLDER, "last") or "").strip()
     if not steps or not last:
         return None
     # The folder that `last` names is gone only when someone removed it, as the message about a damaged one tells to.
     with located(join(run.uri, FOLDER, last if last in steps else steps[-1])) as folder:
-        return read(folder)
+        found = read(folder)
+        if also:
+            also(folder)
+        return found
 
 
 @contextmanager
@@ -202,6 +215,17 @@ def read(folder: Path) -> Checkpoint:
     except Exception as error:  # torch raises many kinds on damaged files
         raise CheckpointError(f"The checkpoint {folder} is damaged: {TRAINING}: {reason_of(error)}.") from None
     return Checkpoint(extractor, training, Position(**meta["position"]), meta["best"], meta)
+
+
+def check(folder: Path, files: Iterable[str]) -> None:
+    """Compare files of a checkpoint with what its `meta.json` says of them.
+
+    Raises:
+        CheckpointError: one is absent or damaged.
+    """
+    meta = read_meta(folder)
+    for file in files:
+        _check(folder, file, meta)
 
 
 def _check(folder: Path, file: str, meta: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,13 @@ from oml_ray.errors import CheckpointError, RunError
 from oml_ray.learning.extractors import Extractor
 from oml_ray.learning.learner import Learner
 from oml_ray.training import checkpoint as checkpoints
+from oml_ray.training import sharded_checkpoint
 from oml_ray.training.checkpoint import Checkpoint, Position
 from oml_ray.training.context import Context, PlannedBatch, seed_step
 from oml_ray.training.optimizers import Factor
 from oml_ray.training.run_directory import History, RunDirectory
 from oml_ray.training.timings import Timings
+from oml_ray.training.updates import Updates
 
 Validate = Callable[[Extractor, Context], dict[str, float]]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -43,6 +47,7 @@ class Settings:
     precision: Precision = "fp32"
     clip_grad_norm: float | None = None
     freeze_epochs: int = 0
+    ema_decay: float | None = None
     log_every: int = 10
     checkpoint_every_steps: int | None = None
     keep: int = 2
@@ -97,12 +102,19 @@ class Loop:
             RunError: the table has changed since.
         """
         self.context, self.run, self.plan, self.labels = context, run, plan, labels
-        self.optimizer, self.validate, self.settings, self.meta = optimizer, validate, settings, meta
+        self.validate, self.settings, self.meta = validate, settings, meta
         dtype = torch.float64 if settings.precision == "fp64" else torch.float32
         self.learner = learner.to(context.device, dtype)
         self.bounds = slice_bounds(plan.batch_size, context.world_size)
-        self.factor, self._base_lrs = factor, [group["lr"] for group in optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(context.device.type, enabled=settings.precision == "fp16")
+        self.updates = Updates(
+            self.learner,
+            optimizer,
+            factor,
+            device=context.device,
+            scale_loss=settings.precision == "fp16",
+            clip_grad_norm=settings.clip_grad_norm,
+            ema_decay=settings.ema_decay,
+        )
         self.timings = Timings()
         self.position, self.epoch = Position(0, 0, 0), _Epoch()
         self.best: float | None = None
@@ -118,7 +130,7 @@ class Loop:
     @property
     def lr(self) -> float:
         """Learning rate of the last step (of the backbone, where parts have their own)."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.updates.optimizer.param_groups[0]["lr"])
 
     def train(self) -> None:
         """Train to the end of the last epoch, validating and checkpointing on the way.
@@ -156,7 +168,7 @@ class Loop:
         return self.context.rank == 0
 
     def _restore(self) -> None:
-        found = checkpoints.latest(self.run)
+        found = checkpoints.latest(self.run, also=self._restore_head)
         if found is not None:
             if found.meta["table"] != self.meta["table"]:
                 raise RunError(
@@ -164,10 +176,7 @@ class Loop:
                     "old table back, choose another run.name, or start afresh with run.resume: never."
                 )
             try:
-                self.learner.extractor.load_state_dict(found.extractor)
-                self.learner.criterion.load_state_dict(found.training["criterion"])
-                self.optimizer.load_state_dict(found.training["optimizer"])
-                self.scaler.load_state_dict(found.training["scaler"])
+                self.updates.load_state_dict(found.training, found.extractor)
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise CheckpointError(
@@ -183,6 +192,12 @@ class Loop:
             self.events = SummaryWriter(
                 str(self.run.path(EVENTS)), purge_step=self.position.global_step + 1 if found else 0
             )
+
+    def _restore_head(self, folder: Path) -> None:
+        head = self.updates.head
+        if head is not None:
+            checkpoints.check(folder, sharded_checkpoint.overlapping(head, (file.name for file in folder.iterdir())))
+            sharded_checkpoint.read_parts(head, folder)
 
     def wrap(self) -> None:
         """(Re)build DDP for the present epoch: it counts the learning parameters once, when it is built."""
@@ -201,19 +216,12 @@ class Loop:
         settings, step = self.settings, self.position.global_step
         self.learner.train()
         seed_step(settings.seed, step, self.context.rank)
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * self.factor(step)
+        self.updates.begin(step)
         batch = planned.batch
         images = torch.from_numpy(batch.images).to(self.context.device, non_blocking=True)
         labels = torch.from_numpy(self.labels[batch.ids]).to(self.context.device)
         loss, logs = self._wrapped(images, labels, self.bounds)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if settings.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            logs["grad_norm"] = nn.utils.clip_grad_norm_(self.learner.parameters(), settings.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        logs.update(self.updates.apply(loss, step))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RunError(
@@ -284,9 +292,9 @@ class Loop:
         settings, start = self.settings, time.perf_counter()
         if self.context.world_size > 1:
             # Batch statistics are each rank's own between two steps: rank 0's are the ones that are kept.
-            for buffer in self.learner.buffers():
+            for buffer in (*self.learner.buffers(), *self.updates.judged.buffers()):
                 dist.broadcast(buffer, 0)
-        scores = self.validate(self.learner.extractor, self.context)
+        scores = self.validate(self.updates.judged, self.context)
         seconds = time.perf_counter() - start
         self.timings.add("validation/epoch", seconds)
         row = {"kind": "validation", "epoch": epoch, "step": self.position.global_step, "seconds": seconds, **scores}
@@ -304,23 +312,26 @@ class Loop:
         return is_best
 
     def _save(self, *, is_best: bool) -> None:
-        bad_images = self._bad_images_of_all_ranks()
+        bad_images, head = self._bad_images_of_all_ranks(), self.updates.head
         if self._writes:
-            training = {
-                "criterion": self.learner.criterion.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
             sums = self.epoch
             epoch = {
                 "loss": sums.loss, "steps": sums.steps, "seconds": sums.seconds,
                 "bad_images": {str(row): reason for row, reason in bad_images.items()},
             }  # fmt: skip
-            state = dict(self.learner.extractor.state_dict())
-            found = Checkpoint(state, training, self.position, self.best, {**self.meta, "epoch": epoch})
-            checkpoints.save(self.run, found, is_best=is_best, keep=self.settings.keep)
+            found = Checkpoint(
+                dict(self.updates.judged.state_dict()),
+                self.updates.state_dict(),
+                self.position,
+                self.best,
+                {**self.meta, "epoch": epoch},
+            )
+            also = None if head is None else partial(sharded_checkpoint.write_parts, head)
+            checkpoints.save(self.run, found, is_best=is_best, keep=self.settings.keep, also=also)
             self.events.flush()
             self.run.publish(EVENTS)
             self.history.publish()
+        elif head is not None:
+            sharded_checkpoint.send_parts(head)
         if self.context.world_size > 1:
             dist.barrier()

@@ -30,7 +30,22 @@ from oml_ray.config.nodes.criteria import (
     SurrogateRecall,
     Triplet,
 )
-from oml_ray.config.nodes.data import CropFlip, Data, Resize, Run, SplitData, Transform, Transforms
+from oml_ray.config.nodes.data import (
+    CropFlip,
+    Data,
+    EvalTransform,
+    Interpolation,
+    Jitter,
+    OfCrops,
+    RandomResizedCrop,
+    Resize,
+    ResizeCrop,
+    ResizeFlip,
+    Run,
+    SplitData,
+    Transform,
+    Transforms,
+)
 from oml_ray.config.nodes.evaluation import (
     Bootstrap,
     CheckpointSource,
@@ -41,7 +56,7 @@ from oml_ray.config.nodes.evaluation import (
     Metrics,
     Pictures,
 )
-from oml_ray.config.nodes.extractors import Extractor, TimmExtractor
+from oml_ray.config.nodes.extractors import Extractor, OfEmbeddings, TimmExtractor, ZooExtractor
 from oml_ray.config.nodes.samplers import (
     AtLeastTwo,
     BalanceSampler,
@@ -56,6 +71,7 @@ from oml_ray.config.nodes.training import (
     Checkpoint,
     ConstantSchedule,
     CosineSchedule,
+    Ema,
     Optimizer,
     Scaling,
     Schedule,
@@ -84,7 +100,9 @@ __all__ = [
     "Data",
     "DistanceWeightedMiner",
     "DistinctCategoryBalanceSampler",
+    "Ema",
     "Embed",
+    "EvalTransform",
     "Evaluation",
     "Extractor",
     "ExtractorSource",
@@ -92,6 +110,8 @@ __all__ = [
     "HardClusterMiner",
     "HardMiner",
     "Head",
+    "Interpolation",
+    "Jitter",
     "Metrics",
     "Miner",
     "MultiSimilarity",
@@ -101,6 +121,8 @@ __all__ = [
     "Node",
     "NonNegative",
     "OfCategories",
+    "OfCrops",
+    "OfEmbeddings",
     "OfLabels",
     "OfPairs",
     "OfProxies",
@@ -111,10 +133,13 @@ __all__ = [
     "Probability",
     "ProxyAnchor",
     "PytorchMetricLearning",
+    "RandomResizedCrop",
     "RandomSampler",
     "Ranks",
     "Rate",
     "Resize",
+    "ResizeCrop",
+    "ResizeFlip",
     "Run",
     "Sampler",
     "Scaling",
@@ -132,4 +157,5 @@ __all__ = [
     "Transforms",
     "Triplet",
     "Validation",
+    "ZooExtractor",
 ]

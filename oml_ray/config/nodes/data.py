@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from oml_ray.config.nodes.base import Node, Positive, Probability, Rate
 
+Interpolation = Literal["bilinear", "bicubic"]
+
 
 class Run(Node):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -40,20 +42,57 @@ class Resize(Node):
     """Side of the square, in pixels."""
 
 
-class CropFlip(Node):
-    name: Literal["crop_flip"]
+class ResizeFlip(Node):
+    name: Literal["resize_flip"]
     size: Positive
     """Side of the square, in pixels."""
-    scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.6, 1.0]
-    """Smallest and largest share of the image's area that the crop covers."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+
+
+class ResizeCrop(Node):
+    name: Literal["resize_crop"]
+    size: Positive
+    """Side of the centre crop, in pixels."""
+    resize: Positive
+    """Length that the shorter side is resized to before, in pixels."""
+    interpolation: Interpolation = "bilinear"
+    """How pixels are resampled."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize must be at least size ({self.size}), found {self.resize}")
+        return self
+
+
+class Jitter(Node):
+    brightness: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.4
+    """Factors are drawn from [1 - brightness, 1 + brightness]; 0: none."""
+    contrast: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.4
+    """As brightness."""
+    saturation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.4
+    """As brightness."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Shares of the colour circle are drawn from [-hue, hue]."""
+
+
+class OfCrops(Node):
+    """A random crop, resized to a square, and flipped."""
+
+    size: Positive
+    """Side of the square, in pixels."""
     ratio: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.75, 1.3333333333333333]
     """Smallest and largest width over height of the crop."""
     flip: Probability = 0.5
     """Probability of a horizontal flip."""
+    jitter: Jitter | None = None
+    """Random brightness, contrast, saturation and hue after it; null: none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(
                     f"{name} must be [smallest, largest] with 0 < smallest <= largest, found {[low, high]}"
@@ -61,11 +100,26 @@ class CropFlip(Node):
         return self
 
 
-Transform = Annotated[Resize | CropFlip, Field(discriminator="name")]
+class CropFlip(OfCrops):
+    name: Literal["crop_flip"]
+    scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.6, 1.0]
+    """Smallest and largest share of the image's area that the crop covers."""
+
+
+class RandomResizedCrop(OfCrops):
+    name: Literal["random_resized_crop"]
+    scale: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.2, 1.0]
+    """Smallest and largest share of the image's area that the crop covers."""
+    interpolation: Interpolation = "bicubic"
+    """How pixels are resampled."""
+
+
+Transform = Annotated[Resize | ResizeFlip | ResizeCrop | CropFlip | RandomResizedCrop, Field(discriminator="name")]
+EvalTransform = Annotated[Resize | ResizeCrop, Field(discriminator="name")]
 
 
 class Transforms(Node):
     train: Transform
     """Augmentation of train images."""
-    eval: Transform
+    eval: EvalTransform
     """Preparation of images that are embedded: nothing random."""

@@ -20,6 +20,10 @@ class Optimizer(Node):
     """Learning rate of the criterion's own parameters; null: `lr`."""
     projection_lr: Rate | None = None
     """Learning rate of the extractor's projection; null: `lr`."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each layer of the backbone to the one before it; null: one rate for all."""
+    decay_norm_and_bias: bool = True
+    """Whether weight decay holds for biases and normalisations too."""
     options: dict[str, Any] = {}
     """Further arguments of the torch optimizer, e.g. {momentum: 0.9}."""
 
@@ -51,6 +55,11 @@ class StepSchedule(Node):
 Schedule = Annotated[ConstantSchedule | CosineSchedule | StepSchedule, Field(discriminator="name")]
 
 
+class Ema(Node):
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the old average that a step keeps; smaller in the first steps."""
+
+
 class Training(Node):
     epochs: Positive = 5
     """Epochs of the plan."""
@@ -62,8 +71,14 @@ class Training(Node):
     """Largest L2 norm of the gradient of all parameters; null: no clipping."""
     freeze_epochs: NonNegative = 0
     """First epochs in which the backbone does not learn."""
-    ema: None = None
-    """Moving average of the weights; null: none."""
+    freeze_statistics: bool = False
+    """Keep the backbone's batch statistics as they came, while its parameters learn: for pretrained weights."""
+    ema: Ema | None = None
+    """Moving average of the weights, which is what is validated and kept; null: none."""
+    channels_last: bool = False
+    """Lay images and weights out with their channels last."""
+    compile: bool = False
+    """Compile the backbone by torch.compile."""
     log_every: Positive = 10
     """Steps between two entries of the TensorBoard events and of the progress line."""
 
