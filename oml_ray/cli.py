@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(verb("check", "Check the table of a config.", _check))
     figures = verb("figures", "Write the generated data set.", _figures)
     figures.add_argument("directory", metavar="DIR", help="folder to write, as df.csv and images/")
+    verb("zoo", "List the pretrained extractors that configs can name.", _zoo)
     return parser
 
 
@@ -162,3 +163,15 @@ def _figures(parsed: argparse.Namespace) -> None:
     from oml_ray.data.figures import write_figures
 
     print(write_figures(parsed.directory))
+
+
+def _zoo(parsed: argparse.Namespace) -> None:
+    from oml_ray.learning.zoo import zoo
+
+    rows = [("entry", "size", "dim", "licence", "weights from")]
+    for entry in zoo():
+        source = " ".join([entry.source, entry.location]).strip()
+        rows.append((entry.name, str(entry.size), str(entry.embedding_dim), entry.licence or "unknown", source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
 
 HEADER = "label,path,split,is_query,is_gallery"
 
@@ -48,8 +49,23 @@ def train_config(table: Path, storage: Path, **nodes: Any) -> dict[str, Any]:
         "evaluation": {"metrics": {"cmc": [1, 2], "precision": [2], "map": [2]}},
     }
     for name, node in nodes.items():
-        config[name] = {**config.get(name, {}), **node} if isinstance(node, dict) else node
+        old = config.get(name, {})
+        is_same = isinstance(node, dict) and node.get("name", old.get("name")) == old.get("name")
+        config[name] = {**old, **node} if is_same else node  # another component has other keys
     return config
+
+
+def case(table: Path, folder: Path, name: str, stop_after: int | None = None, **nodes: Any) -> dict[str, Any]:
+    """A case of `gloo_worker.py`: a training, and where its result goes."""
+    config = train_config(table, folder, **{**nodes, "run": {"name": name, "storage": str(folder)}})
+    return {"config": config, "stop_after": stop_after, "result": str(folder / f"{name}.safetensors")}
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest absolute difference of the parameters of two results."""
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 Gloo = Callable[[int, Sequence[dict[str, Any]]], None]

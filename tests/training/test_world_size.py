@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gloo, train_config
+from helpers import Gloo, case, difference
 from safetensors.torch import load_file
 
 SGD = {"name": "sgd", "lr": 0.05, "options": {"momentum": 0.9}}
@@ -28,17 +28,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "fp32_sgd": ({"optimizer": {"name": "sgd", "lr": 0.01}, "training": {"epochs": 2, "precision": "fp32"}}, 1e-5),
     "fp32_adamw": ({"training": {"epochs": 2, "precision": "fp32"}}, 1e-3),
 }
-
-
-def case(table: Path, folder: Path, name: str, stop_after: int | None = None, **nodes: Any) -> dict[str, Any]:
-    config = train_config(table, folder, **{**nodes, "run": {"name": name, "storage": str(folder)}})
-    return {"config": config, "stop_after": stop_after, "result": str(folder / f"{name}.safetensors")}
-
-
-def difference(one: Path, other: Path) -> float:
-    a, b = load_file(one), load_file(other)
-    assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 @pytest.fixture(scope="module")
