@@ -1,6 +1,6 @@
 """Benchmarks: every figure is a ratio of two things alternated in one run, with its spread.
 
-Run as `python -m jobs.benchmark input --table TABLE` or `python -m jobs.benchmark learning`, on a quiet machine.
+Run as `python -m jobs.benchmark input --table TABLE` or `learning`, `memory` or `sampling`, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 from jobs.benchmarks import input as input_suite
-from jobs.benchmarks import learning
+from jobs.benchmarks import learning, memory, sampling
 
-SUITES = {"input": input_suite.suite, "learning": learning.suite}
+SUITES = {"input": input_suite.suite, "learning": learning.suite, "memory": memory.suite, "sampling": sampling.suite}
 
 
 def main() -> None:

@@ -81,6 +81,31 @@ def test_ray_and_a_plain_process_train_the_same_parameters(
     assert difference(weights(unbroken), weights(tmp_path / "run")) < 1e-10
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "pairs_bank_micro_batch_ema": {
+        "criterion": {"name": "multi_similarity", "bank": {"size_in_batches": 2}},
+        "training": {"epochs": 1, "precision": "fp64", "micro_batch": 3, "ema": {"decay": 0.9}},
+    },
+    "sharded_head": {
+        "criterion": {"name": "arcface", "head": {"sharded": True, "sample_rate": 0.5}},
+        "sampler": {"name": "random", "batch_size": 15},
+        "training": {"epochs": 1, "precision": "fp64", "clip_grad_norm": 0.1},
+    },
+    "proxies": {"criterion": {"name": "proxy_anchor"}, "training": {"epochs": 1, "precision": "fp64"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_of_criteria_through_ray(family: str, small_table: Path, tmp_path: Path, gloo: Gloo) -> None:
+    (tmp_path / "ray").mkdir()
+    nodes: dict[str, Any] = {"validation": {"at_start": False}, **FAMILIES[family]}
+    config = train_config(small_table, tmp_path / "ray", scaling={"num_workers": 2}, **nodes)
+    assert main(["train", write(config, tmp_path)]) == 0
+    gloo(1, [{"config": train_config(small_table, tmp_path, **nodes)}])
+    assert difference(weights(tmp_path / "ray" / "run"), weights(tmp_path / "run")) < 1e-10
+
+
 def test_a_finished_run_is_left_alone(unbroken: Path, small_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.name != "config.yaml"}
     config = train_config(small_table, unbroken.parent, scaling={"num_workers": 3})
