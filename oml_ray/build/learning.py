@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from oml_ray.build.arguments import arguments
 from oml_ray.config import TrainConfig, nodes, validate
+from oml_ray.data.filesystem import is_uri
 from oml_ray.data.table import Table
 from oml_ray.errors import CheckpointError, ConfigError
 from oml_ray.learning import miners
@@ -75,7 +77,7 @@ def extractor(node: nodes.Extractor, size: int) -> Extractor:
         ConfigError: there is no such model.
         CheckpointError: the weights are of another architecture.
     """
-    from_run = node.weights is not None and not Path(node.weights).suffix
+    from_run = node.weights is not None and _is_run(node.weights)
     if isinstance(node, nodes.ZooExtractor):
         weights = None if from_run else node.weights
         built = zoo_extractor(
@@ -90,8 +92,11 @@ def extractor(node: nodes.Extractor, size: int) -> Extractor:
             node.model, size=size, weights=state, pretrained=node.pretrained, gem_p=node.gem_p, **_extracting(node)
         )
     if node.weights is not None and from_run:
-        with checkpoints.located(node.weights) as folder:
-            return _load_extractor(built, folder)
+        try:
+            with checkpoints.located(node.weights) as folder:
+                return _load_extractor(built, folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"extractor.weights: {error}") from None
     return built
 
 
@@ -136,7 +141,10 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int, rank: int =
         return of_pairs if node.bank is None else BankedCriterion(of_pairs, Bank(node.bank.size_in_batches))
     labels, first = np.unique(table.labels[table.train_ids], return_index=True)
     if isinstance(node, nodes.PytorchMetricLearning):
-        return PytorchMetricLearningLoss(node.loss, dict(node.arguments), len(labels), embedding_dim)
+        try:
+            return PytorchMetricLearningLoss(node.loss, dict(node.arguments), len(labels), embedding_dim)
+        except ConfigError as error:
+            raise ConfigError(f"criterion (pytorch_metric_learning): {error}") from None
     known = torch.from_numpy(labels)
     if isinstance(node, nodes.ProxyAnchor):
         return ProxyAnchorLoss(known, embedding_dim, **arguments(node))
@@ -169,14 +177,20 @@ def _sharded_head(
             f"criterion.head.sharded: {len(labels)} train labels cannot be split over {world_size} workers: "
             f"set scaling.num_workers to at most {len(labels)}."
         )
-    moving = config.optimizer
-    rates = {"lr": moving.criterion_lr or moving.lr, "weight_decay": moving.weight_decay, **moving.options}
-    try:
-        rows = ROW_OPTIMIZERS[moving.name.lower()](**rates)
-    except (TypeError, ValueError) as error:
+    node_optimizer = config.optimizer
+    kind = ROW_OPTIMIZERS[node_optimizer.name.lower()]
+    allowed = sorted(set(inspect.signature(kind).parameters) - {"lr", "weight_decay"})
+    unknown = sorted(set(node_optimizer.options) - set(allowed))
+    if unknown:
         raise ConfigError(
-            f"optimizer: a sharded head (criterion.head.sharded) refuses its arguments: {error}"
-        ) from None
+            f"optimizer.options: with a sharded head (criterion.head.sharded) {node_optimizer.name} does not take "
+            f"{', '.join(unknown)}; allowed: {', '.join(allowed)}."
+        )
+    lr = node_optimizer.criterion_lr or node_optimizer.lr
+    try:
+        rows = kind(lr=lr, weight_decay=node_optimizer.weight_decay, **node_optimizer.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {node_optimizer.name} refuses its arguments: {error}") from None
     return ShardedHead(
         labels,
         embedding_dim,
@@ -211,6 +225,13 @@ def learner(config: TrainConfig, table: Table, rank: int = 0, world_size: int = 
 def optimizer(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
     """Build the optimizer of a learner."""
     return optimizers.build_optimizer(learner, **config.optimizer.model_dump())
+
+
+def _is_run(weights: str) -> bool:
+    """Whether weights are a checkpoint of a run (folder, pointer or URI) rather than a file of a network's."""
+    path = Path(weights)
+    is_pointer = path.name in ("best", "last")
+    return is_uri(weights) or is_pointer or not (path.is_file() or path.suffix)
 
 
 def _extracting(node: nodes.OfEmbeddings) -> dict[str, Any]:

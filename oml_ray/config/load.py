@@ -154,6 +154,8 @@ def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any])
         return f"{key}.name is {context.get('tag')!r}; allowed: {context.get('expected_tags')}."
     if kind == "union_tag_not_found":
         return f"{key} needs a key 'name' that says which kind it is."
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
+        return f"{key}: should be a mapping of keys, such as {{name: ...}}, found {found!r}."
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if kind == "value_error" and (not key or ", found " in message):
         return f"{key}: {message}." if key else message

@@ -63,7 +63,8 @@ class TrainConfig(Node):
         extractor = self.extractor
         if isinstance(extractor, nodes.TimmExtractor) and extractor.pretrained and extractor.weights:
             raise ValueError("extractor.pretrained and extractor.weights exclude each other: set one of them.")
-        if self.training.freeze_epochs and self.extractor.embedding_dim is None:
+        only_backbone = extractor.embedding_dim is None and extractor.pooling != "gem"
+        if self.training.freeze_epochs and only_backbone and isinstance(self.criterion, nodes.OfPairs):
             raise ValueError(
                 "training.freeze_epochs freezes the backbone, and nothing else has parameters: "
                 "set extractor.embedding_dim, or training.freeze_epochs: 0."

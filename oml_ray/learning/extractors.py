@@ -47,6 +47,8 @@ class Extractor(nn.Module):
         super().__init__()
         self.backbone, self.pooling, self.projection = backbone, pooling, projection
         self.embedding_dim, self.normalize = embedding_dim, normalize
+        # A network may hold parameters that never learn, such as fixed position embeddings.
+        self._learnable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         self._backbone_frozen = self._statistics_frozen = False
         self.memory_format = torch.contiguous_format
         # Not part of the state: they follow from the config, and integers in pixels stay exact in any precision.
@@ -61,7 +63,7 @@ class Extractor(nn.Module):
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Stop (or resume) the backbone's learning, its batch statistics included."""
-        for parameter in self.backbone.parameters():
+        for parameter in self._learnable:
             parameter.requires_grad_(not frozen)
         self._backbone_frozen = frozen
         self.train(self.training)

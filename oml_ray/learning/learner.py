@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,25 @@ class Learner(nn.Module):
             embeddings: Tensor = self.extractor(images)
             return embeddings
         # `checkpoint` drops the activations, and computes them again (with the same dropout) in the backward pass.
-        return torch.cat(
-            [checkpoint(self.extractor, chunk, use_reentrant=False) for chunk in torch.split(images, self.micro_batch)]
-        )
+        chunks = torch.split(images, self.micro_batch)
+        embed = partial(checkpoint, self.extractor, use_reentrant=False, context_fn=self._contexts)
+        return torch.cat([embed(chunk) for chunk in chunks])
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of a chunk's two passes."""
+        return nullcontext(), _statistics_held(self.extractor)
+
+
+@contextmanager
+def _statistics_held(module: nn.Module) -> Iterator[None]:
+    """Keep batch statistics from taking the same images in twice."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in held:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in held:
+            norm.momentum, norm.num_batches_tracked = momentum, count

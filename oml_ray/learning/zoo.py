@@ -191,7 +191,8 @@ def find(name: str) -> Entry:
             return entry
     names = [entry.name for entry in _ENTRIES]
     near = difflib.get_close_matches(name, names, n=5)
-    raise ConfigError(f"The zoo has no {name!r}; {'near' if near else 'allowed'}: {', '.join(near or names)}.")
+    hint = f"{'near' if near else 'allowed'}: {', '.join(near or names)}"
+    raise ConfigError(f"extractor.entry: the zoo has no {name!r}; {hint}.")
 
 
 def packaged_weights(entry: Entry) -> Path:

@@ -71,7 +71,7 @@ def save(
     *,
     is_best: bool,
     keep: int,
-    also: Callable[[Path], list[str]] | None = None,
+    write_more: Callable[[Path], list[str]] | None = None,
 ) -> None:
     """Write a checkpoint so that a reader sees all of it or none, then move `last` (and `best`) to it.
 
@@ -80,7 +80,7 @@ def save(
         checkpoint: what.
         is_best: whether `best` moves to it too.
         keep: how many of the newest to keep, beside the best.
-        also: writes further files into a folder and gives their names.
+        write_more: writes further files into a folder and gives their names.
     """
     name = f"step_{checkpoint.position.global_step:08d}"
     final = run.path(FOLDER, name)
@@ -89,7 +89,7 @@ def save(
     try:
         save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
         torch.save(checkpoint.training, staged / TRAINING)
-        files = [WEIGHTS, TRAINING, *(also(staged) if also else ())]
+        files = [WEIGHTS, TRAINING, *(write_more(staged) if write_more else ())]
         meta = {
             "format": FORMAT,
             "position": asdict(checkpoint.position),
@@ -127,8 +127,8 @@ def _prune(run: RunDirectory, keep: int) -> None:
             run.remove(FOLDER, name)
 
 
-def latest(run: RunDirectory, *, also: Callable[[Path], None] | None = None) -> Checkpoint | None:
-    """Return the last checkpoint of a run, None before the first; `also` reads more from its folder."""
+def latest(run: RunDirectory, *, read_more: Callable[[Path, Checkpoint], None] | None = None) -> Checkpoint | None:
+    """Return the last checkpoint of a run, None before the first; `read_more` reads from its folder too."""
     steps = [name for name in run.names(FOLDER) if name.startswith("step_")]
     last = (run.read_text(FOLDER, "last") or "").strip()
     if not steps or not last:
@@ -136,8 +136,8 @@ def latest(run: RunDirectory, *, also: Callable[[Path], None] | None = None) -> 
     # The folder that `last` names is gone only when someone removed it, as the message about a damaged one tells to.
     with located(join(run.uri, FOLDER, last if last in steps else steps[-1])) as folder:
         found = read(folder)
-        if also:
-            also(folder)
+        if read_more:
+            read_more(folder, found)
         return found
 
 

@@ -168,13 +168,8 @@ class Loop:
         return self.context.rank == 0
 
     def _restore(self) -> None:
-        found = checkpoints.latest(self.run, also=self._restore_head)
+        found = checkpoints.latest(self.run, read_more=self._restore_more)
         if found is not None:
-            if found.meta["table"] != self.meta["table"]:
-                raise RunError(
-                    f"The table of {self.run.uri} has changed since its last checkpoint, and the plan with it: put the "
-                    "old table back, choose another run.name, or start afresh with run.resume: never."
-                )
             try:
                 self.updates.load_state_dict(found.training, found.extractor)
             except (RuntimeError, ValueError, KeyError) as error:
@@ -193,7 +188,12 @@ class Loop:
                 str(self.run.path(EVENTS)), purge_step=self.position.global_step + 1 if found else 0
             )
 
-    def _restore_head(self, folder: Path) -> None:
+    def _restore_more(self, folder: Path, found: Checkpoint) -> None:
+        if found.meta["table"] != self.meta["table"]:
+            raise RunError(
+                f"The table of {self.run.uri} has changed since its last checkpoint, and the plan with it: put the "
+                "old table back, choose another run.name, or start afresh with run.resume: never."
+            )
         head = self.updates.head
         if head is not None:
             checkpoints.check(folder, sharded_checkpoint.overlapping(head, (file.name for file in folder.iterdir())))
@@ -221,13 +221,13 @@ class Loop:
         images = torch.from_numpy(batch.images).to(self.context.device, non_blocking=True)
         labels = torch.from_numpy(self.labels[batch.ids]).to(self.context.device)
         loss, logs = self._wrapped(images, labels, self.bounds)
-        logs.update(self.updates.apply(loss, step))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RunError(
                 f"The loss became {value} at step {step} (epoch {planned.epoch}): lower optimizer.lr, set "
                 "training.clip_grad_norm, or use training.precision: fp32."
             )
+        logs.update(self.updates.apply(loss, step))
         self.position = Position(planned.epoch, planned.step + 1, step + 1)
         self.epoch.loss += value
         self.epoch.steps += 1
@@ -292,9 +292,9 @@ class Loop:
         settings, start = self.settings, time.perf_counter()
         if self.context.world_size > 1:
             # Batch statistics are each rank's own between two steps: rank 0's are the ones that are kept.
-            for buffer in (*self.learner.buffers(), *self.updates.judged.buffers()):
+            for buffer in (*self.learner.buffers(), *self.updates.evaluated.buffers()):
                 dist.broadcast(buffer, 0)
-        scores = self.validate(self.updates.judged, self.context)
+        scores = self.validate(self.updates.evaluated, self.context)
         seconds = time.perf_counter() - start
         self.timings.add("validation/epoch", seconds)
         row = {"kind": "validation", "epoch": epoch, "step": self.position.global_step, "seconds": seconds, **scores}
@@ -320,14 +320,14 @@ class Loop:
                 "bad_images": {str(row): reason for row, reason in bad_images.items()},
             }  # fmt: skip
             found = Checkpoint(
-                dict(self.updates.judged.state_dict()),
+                dict(self.updates.evaluated.state_dict()),
                 self.updates.state_dict(),
                 self.position,
                 self.best,
                 {**self.meta, "epoch": epoch},
             )
-            also = None if head is None else partial(sharded_checkpoint.write_parts, head)
-            checkpoints.save(self.run, found, is_best=is_best, keep=self.settings.keep, also=also)
+            write_more = None if head is None else partial(sharded_checkpoint.write_parts, head)
+            checkpoints.save(self.run, found, is_best=is_best, keep=self.settings.keep, write_more=write_more)
             self.events.flush()
             self.run.publish(EVENTS)
             self.history.publish()

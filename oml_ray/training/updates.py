@@ -51,10 +51,10 @@ class Updates:
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     @property
-    def judged(self) -> Extractor:
+    def evaluated(self) -> Extractor:
         """The extractor to validate and to keep: the average, where there is one."""
-        judged: Extractor = self.learner.extractor if self.average is None else self.average.averaged  # type: ignore[assignment]
-        return judged
+        evaluated: Extractor = self.learner.extractor if self.average is None else self.average.averaged  # type: ignore[assignment]
+        return evaluated
 
     def begin(self, step: int) -> None:
         """Prepare for the forward pass of a step, counted from the start of the training."""
@@ -81,10 +81,11 @@ class Updates:
         logs = {} if self.clip_grad_norm is None else {"grad_norm": self._clip(self.clip_grad_norm)}
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # The scale falls when a gradient overflowed: then nothing has moved, and the head must not either.
-        if self.head is not None and self.scaler.get_scale() >= scale:
+        # The scale falls when a gradient overflowed: then nothing has moved, and nothing else must.
+        moved = self.scaler.get_scale() >= scale
+        if moved and self.head is not None:
             self.head.step(self.factor(step))
-        if self.average is not None:
+        if moved and self.average is not None:
             self.average.update()
         return logs
 
@@ -99,26 +100,26 @@ class Updates:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint keeps beside the judged extractor and the parts of a sharded head."""
+        """All that a checkpoint keeps beside the evaluated extractor and the parts of a sharded head."""
         state: dict[str, Any] = {
             "criterion": self.learner.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
         if self.average is not None:
-            state["extractor"] = dict(self.learner.extractor.state_dict())
+            state["raw_extractor"] = dict(self.learner.extractor.state_dict())
             state["num_updates"] = self.average.num_updates
         return state
 
-    def load_state_dict(self, state: dict[str, Any], judged: dict[str, Tensor]) -> None:
-        """Continue from what `state_dict` gave and the state of the judged extractor.
+    def load_state_dict(self, state: dict[str, Any], evaluated: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave and the state of the evaluated extractor.
 
         Raises:
             RuntimeError, ValueError, KeyError: they are of another architecture.
         """
-        self.learner.extractor.load_state_dict(judged if self.average is None else state["extractor"])
+        self.learner.extractor.load_state_dict(evaluated if self.average is None else state["raw_extractor"])
         if self.average is not None:
-            self.average.load_state_dict({"num_updates": state["num_updates"], "averaged": judged})
+            self.average.load_state_dict({"num_updates": state["num_updates"], "averaged": evaluated})
         self.learner.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -100,6 +100,8 @@ def error(text: str = "", overrides: list[str] | None = None, tmp: Path | None =
         ("sampler={name: random, batch_size: 1}", "sampler.batch_size: should be greater than or equal to 2, found 1"),
         ("transforms.eval={name: resize_crop, size: 64, resize: 32}", "resize must be at least size (64), found 32"),
         ("training.ema={decay: 1.0}", "training.ema.decay: should be less than 1, found 1.0"),
+        ("criterion={name: arcface, smooth_within_category: true}", "needs a label_smoothing above 0"),
+        ("criterion.miner=hard", "criterion.miner: should be a mapping of keys, such as {name: ...}, found 'hard'"),
         ("training.micro_batch=0", "training.micro_batch: should be greater than 0, found 0"),
         ("checkpoint.metric=cmc.7", "checkpoint.metric: 'cmc.7' is not computed: use one of cmc.1, cmc.5, cmc.10"),
         ("training.freeze_epochs=1", "training.freeze_epochs freezes the backbone, and nothing else has parameters"),

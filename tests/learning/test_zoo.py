@@ -79,7 +79,7 @@ def test_clip_of_openai_has_openais_activation() -> None:
 
 
 def test_unknown_names_are_refused_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match=r"The zoo has no 'dino_vits16'; .*vits16_dino"):
+    with pytest.raises(ConfigError, match=r"the zoo has no 'dino_vits16'; .*vits16_dino"):
         find("dino_vits16")
 
 

@@ -188,6 +188,8 @@ class OfProxies(Node):
     def _sharded_head_is_plain(self) -> Self:
         if self.head.sharded and (self.sub_centers > 1 or self.label_smoothing > 0):
             raise ValueError("a sharded head has neither sub_centers above 1 nor label_smoothing: set 1 and 0.0")
+        if self.smooth_within_category and not self.label_smoothing:
+            raise ValueError("smooth_within_category needs a label_smoothing above 0")
         return self
 
 

@@ -66,7 +66,8 @@ class Training(Node):
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Arithmetic of the extractor: bf16 and fp16 by autocast, fp64 throughout."""
     micro_batch: Positive | None = None
-    """Instances of a worker's slice whose activations are held at once, at the cost of embedding twice; null: all."""
+    """Instances of a worker's slice whose activations are held at once, at the cost of embedding twice; null: all.
+    Batch statistics that are not frozen are those of a chunk."""
     clip_grad_norm: Rate | None = None
     """Largest L2 norm of the gradient of all parameters; null: no clipping."""
     freeze_epochs: NonNegative = 0
