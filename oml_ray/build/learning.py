@@ -94,7 +94,7 @@ def extractor(node: nodes.Extractor, size: int) -> Extractor:
     if node.weights is not None and from_run:
         try:
             with checkpoints.located(node.weights) as folder:
-                return _load_extractor(built, folder)
+                return _load_extractor(built, folder, node)
         except CheckpointError as error:
             raise CheckpointError(f"extractor.weights: {error}") from None
     return built
@@ -113,18 +113,17 @@ def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
         except (KeyError, ConfigError) as error:
             raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
         node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
-        return _load_extractor(extractor(node, config.transforms.eval.size), folder), config
+        return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
 
 
-def _load_extractor(built: Extractor, folder: Path) -> Extractor:
+def _load_extractor(built: Extractor, folder: Path, node: nodes.Extractor) -> Extractor:
     state = checkpoints.read_extractor(folder)
     try:
         built.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"The checkpoint {folder} is of another architecture than the config's extractor: {reason}"
-        ) from None
+        name = node.entry if isinstance(node, nodes.ZooExtractor) else node.model
+        raise CheckpointError(f"The checkpoint {folder} is of another architecture than {name}: {reason}") from None
     return built
 
 
