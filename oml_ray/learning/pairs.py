@@ -57,6 +57,18 @@ def masks(labels: Tensor, reference_labels: Tensor) -> Masks:
     return Masks(same.fill_diagonal_(False), negative)
 
 
+def compare(embeddings: Tensor, labels: Tensor, memory: Memory | None) -> tuple[Tensor, Masks]:
+    """Give what all anchors are compared with, embeddings (N, D), and which of it is positive and negative.
+
+    Args:
+        embeddings: (B, D), the batch.
+        labels: int64 (B,), its labels.
+        memory: of earlier instances, or None.
+    """
+    others, other_labels = references(embeddings, labels, memory)
+    return others, masks(labels, other_labels)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values at which a bool mask of the same shape holds; zero, with zero gradients, where it never does.
 

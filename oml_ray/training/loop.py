@@ -292,7 +292,8 @@ class Loop:
         settings, start = self.settings, time.perf_counter()
         if self.context.world_size > 1:
             # Batch statistics are each rank's own between two steps: rank 0's are the ones that are kept.
-            for buffer in (*self.learner.buffers(), *self.updates.evaluated.buffers()):
+            average = self.updates.average
+            for buffer in (*self.learner.buffers(), *(average.averaged.buffers() if average else ())):
                 dist.broadcast(buffer, 0)
         scores = self.validate(self.updates.evaluated, self.context)
         seconds = time.perf_counter() - start

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from oml_ray.learning.losses.cosine import cosine_distances, log1p_exp, log_sum_exp
 from oml_ray.learning.losses.criterion import Loss
 from oml_ray.learning.losses.pair_logs import pair_logs
-from oml_ray.learning.pairs import Memory, masked_mean, masks, references
+from oml_ray.learning.pairs import Memory, compare, masked_mean
 
 
 class NTXentLoss(nn.Module):
@@ -54,8 +54,7 @@ class NTXentLoss(nn.Module):
         Returns:
             The scalar loss (zero, with zero gradients, without positives or negatives), and scalars worth logging.
         """
-        others, other_labels = references(embeddings, labels, memory)
-        pairs = masks(labels, other_labels)
+        others, pairs = compare(embeddings, labels, memory)
         distances = cosine_distances(embeddings, others)  # (batch, references)
         logits = -distances / self.temperature  # s / t up to a constant, which the softmax does not see
         rivals = log_sum_exp(logits, pairs.negative)

@@ -10,7 +10,7 @@ from oml_ray.learning.losses.criterion import Loss
 from oml_ray.learning.losses.pair_logs import pair_logs
 from oml_ray.learning.losses.positives import positives_of
 from oml_ray.learning.losses.smooth_ranks import smooth_counts
-from oml_ray.learning.pairs import Memory, masked_mean, masks, references
+from oml_ray.learning.pairs import Memory, compare, masked_mean
 
 
 class SmoothAPLoss(nn.Module):
@@ -55,8 +55,7 @@ class SmoothAPLoss(nn.Module):
         Returns:
             The scalar loss (zero, with zero gradients, without positives or negatives), and scalars worth logging.
         """
-        others, other_labels = references(embeddings, labels, memory)
-        pairs = masks(labels, other_labels)
+        others, pairs = compare(embeddings, labels, memory)
         distances = cosine_distances(embeddings, others)  # (batch, references)
         positives = positives_of(distances, pairs.positive).distances  # (batch, P)
         rivals = positives.masked_fill(positives == -torch.inf, torch.inf)

@@ -8,7 +8,7 @@ from oml_ray.distances import pairwise
 from oml_ray.learning.losses.criterion import Loss
 from oml_ray.learning.losses.pair_logs import pair_logs
 from oml_ray.learning.losses.smooth_ranks import smooth_ranks
-from oml_ray.learning.pairs import Memory, masked_mean, masks, references
+from oml_ray.learning.pairs import Memory, compare, masked_mean
 
 
 class SurrogatePrecisionLoss(nn.Module):
@@ -62,8 +62,7 @@ class SurrogatePrecisionLoss(nn.Module):
         Returns:
             The scalar loss (zero, with zero gradients, without positives or negatives), and scalars worth logging.
         """
-        others, other_labels = references(embeddings, labels, memory)
-        pairs = masks(labels, other_labels)
+        others, pairs = compare(embeddings, labels, memory)
         distances = pairwise(embeddings, others)  # (batch, references)
         ranks = smooth_ranks(distances, pairs, self.rank_temperature)  # (batch, P)
         hits = ((self.k + 0.5 - ranks) / self.cutoff_temperature).sigmoid().sum(dim=1)

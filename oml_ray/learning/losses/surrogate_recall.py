@@ -10,7 +10,7 @@ from oml_ray.learning.losses.cosine import cosine_distances
 from oml_ray.learning.losses.criterion import Loss
 from oml_ray.learning.losses.pair_logs import pair_logs
 from oml_ray.learning.losses.smooth_ranks import smooth_ranks
-from oml_ray.learning.pairs import Memory, masked_mean, masks, references
+from oml_ray.learning.pairs import Memory, compare, masked_mean
 
 
 class SurrogateRecallLoss(nn.Module):
@@ -68,8 +68,7 @@ class SurrogateRecallLoss(nn.Module):
         Returns:
             The scalar loss (zero, with zero gradients, without positives or negatives), and scalars worth logging.
         """
-        others, other_labels = references(embeddings, labels, memory)
-        pairs = masks(labels, other_labels)
+        others, pairs = compare(embeddings, labels, memory)
         distances = cosine_distances(embeddings, others)  # (batch, references)
         ranks = smooth_ranks(distances, pairs, self.rank_temperature)  # (batch, P)
         counts = pairs.positive.sum(dim=1)

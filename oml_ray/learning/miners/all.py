@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from oml_ray.learning.pairs import Masks, Memory, masks, references
+from oml_ray.learning.pairs import Masks, Memory, compare
 
 
 class AllTriplets:
@@ -19,4 +19,4 @@ class AllTriplets:
 
     def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Masks:
         """Pick all pairs of embeddings (B, D), which are not looked at, with int64 labels (B,) and a memory."""
-        return masks(labels, references(embeddings, labels, memory)[1])
+        return compare(embeddings, labels, memory)[1]
