@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,15 @@ def small_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("small"), labels=22, instances=4, validation=6)
 
 
-@pytest.fixture
-def gloo(tmp_path: Path) -> Gloo:
-    """Run cases of `tests/gloo_worker.py` one after another in a group of plain processes."""
-    calls = iter(range(1000))
+@pytest.fixture(scope="session")
+def processes() -> Callable[..., None]:
+    """Run a script with RANK WORLD_SIZE ARGUMENTS... in plain processes, which can form a gloo group, to its end."""
 
-    def run(world_size: int, cases: Sequence[dict[str, Any]]) -> None:
-        call = next(calls)
-        file = tmp_path / f"cases_{call}.json"
-        file.write_text(json.dumps(list(cases)))
-        rendezvous = f"file://{tmp_path}/rendezvous_{call}"
+    def run(script: str | Path, world_size: int, *arguments: str | Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         workers = [
             subprocess.Popen(
-                [sys.executable, TESTS / "gloo_worker.py", str(rank), str(world_size), rendezvous, file],
+                [sys.executable, script, str(rank), str(world_size), *arguments],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -49,5 +44,21 @@ def gloo(tmp_path: Path) -> Gloo:
         finally:
             for worker in workers:
                 worker.kill()
+                worker.wait()
+                worker.stderr.close()  # type: ignore[union-attr]
+
+    return run
+
+
+@pytest.fixture
+def gloo(tmp_path: Path, processes: Callable[..., None]) -> Gloo:
+    """Run cases of `tests/gloo_worker.py` one after another in a group of plain processes."""
+    calls = iter(range(1000))
+
+    def run(world_size: int, cases: Sequence[dict[str, Any]]) -> None:
+        call = next(calls)
+        file = tmp_path / f"cases_{call}.json"
+        file.write_text(json.dumps(list(cases)))
+        processes(TESTS / "gloo_worker.py", world_size, f"file://{tmp_path}/rendezvous_{call}", file)
 
     return run

@@ -11,6 +11,7 @@ from oml_ray.build.data import (
     transform,
 )
 from oml_ray.build.learning import criterion, extractor, learner, optimizer, trained_extractor
+from oml_ray.build.retrieval import index_settings
 from oml_ray.build.training import checkpoint_meta, factor, loop, settings, validator, versions
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "extractor",
     "factor",
     "figures_table",
+    "index_settings",
     "learner",
     "local_stream",
     "loop",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,10 +130,13 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int, rank: int =
     """Build the criterion for a table's train labels, and one rank's part of it where it is sharded.
 
     Raises:
-        ConfigError: the table has no categories that it needs, or the criterion refuses its arguments.
+        ConfigError: the table has no categories that it needs, the sampler draws no pairs that it needs, or the
+            criterion refuses its arguments.
     """
     node = config.criterion
     if isinstance(node, nodes.OfPairs):
+        if isinstance(config.sampler, nodes.RandomSampler):
+            _check_positives(node, config.sampler, table)
         parts = {"miner": MINERS[node.miner.name](node.miner)} if hasattr(node, "miner") else {}
         of_pairs = PAIR_CRITERIA[node.name](**arguments(node, without=["bank"]), **parts)
         return of_pairs if node.bank is None else BankedCriterion(of_pairs, Bank(node.bank.size_in_batches))
@@ -163,6 +165,20 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int, rank: int =
     )
 
 
+def _check_positives(node: nodes.OfPairs, sampler: nodes.RandomSampler, table: Table) -> None:
+    """Refuse random batches that hold less than one pair of equal labels on average."""
+    counts = np.unique(table.labels[table.train_ids], return_counts=True)[1].astype(float)
+    share = (counts * (counts - 1)).sum() / max(1, counts.sum() * (counts.sum() - 1))  # of pairs with equal labels
+    partners = (sampler.batch_size - 1) / 2 + (node.bank.size_in_batches * sampler.batch_size if node.bank else 0)
+    positives = sampler.batch_size * partners * share
+    if positives < 1:
+        raise ConfigError(
+            f"sampler.batch_size: {sampler.batch_size} instances drawn at random from {table.source} hold "
+            f"{positives:.2g} pairs of equal labels on average, which this criterion learns from: use the sampler "
+            "balance, or raise it."
+        )
+
+
 def _sharded_head(
     config: TrainConfig,
     node: nodes.ArcFace | nodes.CosFace,
@@ -176,20 +192,13 @@ def _sharded_head(
             f"criterion.head.sharded: {len(labels)} train labels cannot be split over {world_size} workers: "
             f"set scaling.num_workers to at most {len(labels)}."
         )
-    node_optimizer = config.optimizer
-    kind = ROW_OPTIMIZERS[node_optimizer.name.lower()]
-    allowed = sorted(set(inspect.signature(kind).parameters) - {"lr", "weight_decay"})
-    unknown = sorted(set(node_optimizer.options) - set(allowed))
-    if unknown:
-        raise ConfigError(
-            f"optimizer.options: with a sharded head (criterion.head.sharded) {node_optimizer.name} does not take "
-            f"{', '.join(unknown)}; allowed: {', '.join(allowed)}."
-        )
-    lr = node_optimizer.criterion_lr or node_optimizer.lr
-    try:
-        rows = kind(lr=lr, weight_decay=node_optimizer.weight_decay, **node_optimizer.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {node_optimizer.name} refuses its arguments: {error}") from None
+    optimizer = config.optimizer
+    rows = optimizers.make_checked(
+        ROW_OPTIMIZERS[optimizer.name.lower()],
+        f"{optimizer.name} of a sharded head (criterion.head.sharded)",
+        {"lr": optimizer.criterion_lr or optimizer.lr, "weight_decay": optimizer.weight_decay},
+        optimizer.options,
+    )
     return ShardedHead(
         labels,
         embedding_dim,

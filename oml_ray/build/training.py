@@ -38,7 +38,7 @@ def validator(config: TrainConfig, table: Table) -> Validator:
     """Build what scores the extractor during training."""
     return Validator(
         table,
-        config.evaluation.metrics.model_dump(include={"cmc", "precision", "map"}),
+        config.evaluation.metrics.listed,
         config.evaluation.gallery.distance,
         config.evaluation.embed.batch_size,
         config.evaluation.gallery.block_rows,

@@ -193,7 +193,10 @@ def _legal_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[
         tagged = [
             model
             for model in candidates
-            if part in typing.get_args(getattr(model.model_fields.get("name"), "annotation", None))
+            if any(
+                part in typing.get_args(getattr(model.model_fields.get(tag), "annotation", None))
+                for tag in ("name", "backend")
+            )
         ]
         candidates = following or tagged or [model for model in candidates if part in model.model_fields] or candidates
     keys = dict.fromkeys(key for model in candidates for key in model.model_fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -75,20 +75,59 @@ class TrainConfig(Node):
                 f"optimizer.name: {self.optimizer.name!r} cannot move a sharded head (criterion.head.sharded): "
                 "use adamw or sgd."
             )
+        if isinstance(self.schedule, nodes.StepSchedule) and max(self.schedule.epochs) >= self.training.epochs:
+            raise ValueError(
+                f"schedule.epochs: should be less than training.epochs ({self.training.epochs}), when training ends, "
+                f"found {self.schedule.epochs}."
+            )
+        if isinstance(self.criterion, nodes.Triplet):
+            _check_miner(self.criterion, self.sampler)
         return self
+
+
+def _check_miner(criterion: nodes.Triplet, sampler: nodes.Sampler) -> None:
+    """Refuse a miner whose arguments contradict one another, or that finds nothing in any batch of the sampler's."""
+    miner = criterion.miner
+    if isinstance(miner, nodes.DistanceWeightedMiner) and not miner.cutoff < miner.nonzero_loss_cutoff <= 2:
+        raise ValueError(
+            f"criterion.miner.nonzero_loss_cutoff: should be greater than cutoff ({miner.cutoff}) and less than or "
+            f"equal to 2, found {miner.nonzero_loss_cutoff}."
+        )
+    repeats_labels = getattr(sampler, "resample_labels", False)
+    if not isinstance(miner, nodes.NHardMiner) or not isinstance(sampler, nodes.OfLabels) or repeats_labels:
+        return
+    negatives = sampler.batch_size - sampler.n_instances
+    in_batch = (("n_positive", miner.n_positive, sampler.n_instances - 1), ("n_negative", miner.n_negative, negatives))
+    for name, ranks, most in in_batch:
+        if isinstance(ranks, list) and ranks[0] > most and criterion.bank is None:
+            raise ValueError(
+                f"criterion.miner.{name}: the first rank should be less than or equal to {most}, as an instance has no "
+                f"more of them in a batch (sampler), found {ranks}."
+            )
 
 
 def _source_kind(value: object) -> str | None:
     keys = value.keys() if isinstance(value, dict) else getattr(type(value), "model_fields", {}).keys()
-    return next((kind for kind in ("checkpoint", "extractor") if kind in keys), None)
+    return next((kind for kind in ("checkpoint", "extractor", "store", "embeddings") if kind in keys), None)
 
 
-Source = Annotated[
+ImageSource = Annotated[
     Annotated[nodes.CheckpointSource, Tag("checkpoint")] | Annotated[nodes.ExtractorSource, Tag("extractor")],
     Discriminator(
         _source_kind,
         custom_error_type="source_kind",
         custom_error_message="needs one of the keys: checkpoint, extractor",
+    ),
+]
+AnySource = Annotated[
+    Annotated[nodes.CheckpointSource, Tag("checkpoint")]
+    | Annotated[nodes.ExtractorSource, Tag("extractor")]
+    | Annotated[nodes.StoreSource, Tag("store")]
+    | Annotated[nodes.EmbeddingsSource, Tag("embeddings")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="source_kind",
+        custom_error_message="needs one of the keys: checkpoint, extractor, store, embeddings",
     ),
 ]
 
@@ -102,7 +141,7 @@ class EmbedConfig(Node):
     """Where the store goes."""
     data: nodes.SplitData
     """What is embedded."""
-    source: Source
+    source: ImageSource
     """What embeds it."""
     evaluation: nodes.Evaluation = nodes.Evaluation()
     """How: its `embed` node."""
@@ -110,14 +149,53 @@ class EmbedConfig(Node):
     """Resources: its `use_gpu` and `data_cpus`."""
 
 
-class EvaluateConfig(EmbedConfig):
-    """`oml-ray evaluate`: a table is embedded, searched, measured and reported."""
+class EvaluateConfig(Node):
+    """`oml-ray evaluate`: a table is embedded, or embeddings are there; they are searched, measured and reported."""
 
-    data: Annotated[nodes.SplitData, Field()]
-    """What is evaluated: rows with queries and gallery."""
+    seed: nodes.Seed = 42
+    """Seed of what an extractor without weights draws."""
+    run: nodes.Run
+    """Where the report goes."""
+    data: nodes.SplitData | None = None
+    """What is evaluated: rows with queries and gallery. A store brings its rows itself, as do embeddings in Parquet."""
+    source: AnySource
+    """What embeds it, or where its embeddings are."""
+    evaluation: nodes.Evaluation = nodes.Evaluation()
+    """How it is embedded, searched and measured."""
+    scaling: nodes.Scaling = nodes.Scaling()
+    """Resources: its `use_gpu` and `data_cpus`."""
 
     @model_validator(mode="after")
-    def _has_queries(self) -> Self:
-        if self.data.split == "train":
+    def _fit_together(self) -> Self:
+        if self.data is None and isinstance(self.source, nodes.CheckpointSource | nodes.ExtractorSource):
+            raise ValueError("data is missing: images are embedded from a table; set data.table.")
+        if self.data is not None and self.data.split == "train":
             raise ValueError("data.split: train rows are neither queries nor gallery: evaluate 'validation'.")
         return self
+
+
+class SearchConfig(Node):
+    """`oml-ray search`: images are searched in a store; no labels are needed."""
+
+    seed: nodes.Seed = 42
+    """Seed of what an extractor without weights draws."""
+    run: nodes.Run
+    """Where neighbors and page go."""
+    source: ImageSource
+    """What embeds the queries: what made the store."""
+    queries: Annotated[str, Field(min_length=1)]
+    """Folder of images, or a table of them."""
+    gallery: Annotated[str, Field(min_length=1)]
+    """Embeddings store to search: the folder `embeddings` of a run, or the run itself."""
+    gallery_root: Annotated[str, Field(min_length=1)] | None = None
+    """What the store's image paths are relative to, for the page's pictures; null: the page shows their names."""
+    k: nodes.Positive = 10
+    """Neighbors of each query."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A query that cannot be read ends the job, or is left out and listed."""
+    max_pixels: nodes.Positive = nodes.Data.model_fields["max_pixels"].default
+    """Larger images are refused before they are decoded."""
+    evaluation: nodes.Evaluation = nodes.Evaluation()
+    """How queries are embedded and the store is searched."""
+    scaling: nodes.Scaling = nodes.Scaling()
+    """Resources: its `use_gpu` and `data_cpus`."""

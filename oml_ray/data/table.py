@@ -137,7 +137,46 @@ def read_table(source: str | os.PathLike[str], root: str | os.PathLike[str] | No
     """
     source = _absolute(source)
     root = parent(source) if root is None else _absolute(root)
-    texts, num_rows = _load(source)
+    return _checked(source, root, *_load(source))
+
+
+def table_of(columns: pa.Table, source: str, root: str | os.PathLike[str] | None = None) -> Table:
+    """Make a table of columns that came with embeddings; row ids are positions.
+
+    Args:
+        columns: of the format above; without `split` all rows are validation, without `is_query` and `is_gallery` they
+            are both, without `path` they are named by their position.
+        source: where they were read, for messages.
+        root: what relative image paths are relative to; None where there are no images.
+
+    Returns:
+        The table, checked as `read_table` does.
+
+    Raises:
+        TableError: rows break the format, or there are no labels.
+
+    Example:
+        >>> table_of(pa.table({"label": [3, 3]}), "embeddings.parquet").query_ids
+        array([0, 1])
+    """
+    if "label" not in columns.column_names:
+        found = ", ".join(columns.column_names) or "none"
+        raise TableError(
+            f"{source} has no column label (its columns beside the embeddings: {found}): metrics need labels. Add the "
+            "column, or give a table with as many rows (data.table)."
+        )
+    defaults = {"path": [f"row {row}" for row in range(len(columns))]}
+    defaults |= {"split": ["validation"] * len(columns), "is_query": ["True"] * len(columns)}
+    defaults["is_gallery"] = defaults["is_query"]
+    try:
+        texts = {name: _as_text(name, columns[name]) for name in columns.column_names if name in checks.COLUMNS}
+    except pa.ArrowException as error:
+        raise TableError(f"{source}: {error}") from None
+    texts |= {name: pa.array(values, pa.large_string()) for name, values in defaults.items() if name not in texts}
+    return _checked(source, "/" if root is None else _absolute(root), texts, len(columns))
+
+
+def _checked(source: str, root: str, texts: dict[str, pa.LargeStringArray], num_rows: int) -> Table:
     rows = checks.Checks(texts, num_rows)
     rows.columns()
     labels, is_label = rows.labels()

@@ -6,8 +6,9 @@ that are missing, and every row is embedded exactly once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,27 +32,47 @@ from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval.store import Manifest, Store, fingerprint
 from oml_ray.training.run_directory import RunDirectory
 
-AnyEmbed = TypeVar("AnyEmbed", bound=EmbedConfig)
-
 
 def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
     """Logical resources of embedding."""
     return Needs(
-        embed.actors * embed.cpus_per_actor + scaling.data_cpus,
-        embed.actors if scaling.use_gpu else 0,
+        embed.most_actors * embed.cpus_per_actor + scaling.data_cpus,
+        embed.most_actors if scaling.use_gpu else 0,
         "evaluation.embed.actors * evaluation.embed.cpus_per_actor + scaling.data_cpus = "
-        f"{embed.actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
+        f"{embed.most_actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
         {"evaluation.embed.cpus_per_actor": embed.cpus_per_actor},
     )
 
 
-def source(config: EmbedConfig) -> tuple[Extractor, nodes.Resize]:
-    """Build the extractor of a config's source, with the preparation of its images."""
-    if isinstance(config.source, nodes.ExtractorSource):
-        torch.manual_seed(config.seed)
-        size = config.source.size
-        return build.extractor(config.source.extractor, size), nodes.Resize(name="resize", size=size)
-    extractor, trained = build.trained_extractor(config.source.checkpoint)
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Rows of a table that are to be embedded, and what embeds them."""
+
+    data: nodes.SplitData
+    table: Table
+    rows: Ids
+    extractor: Extractor
+    transform: nodes.Resize
+
+
+def images_of(
+    source: nodes.CheckpointSource | nodes.ExtractorSource, data: nodes.SplitData, storage: str, seed: int
+) -> Images:
+    """Read the table and build the extractor of a source, with the preparation of its images.
+
+    Raises:
+        OmlRayError: all that can be wrong with either.
+    """
+    table = build.table(data, storage)
+    return Images(data, table, rows_of(table, data.split), *extractor_of(source, seed))
+
+
+def extractor_of(source: nodes.CheckpointSource | nodes.ExtractorSource, seed: int) -> tuple[Extractor, nodes.Resize]:
+    """Build the extractor of a source, with the preparation of its images."""
+    if isinstance(source, nodes.ExtractorSource):
+        torch.manual_seed(seed)
+        return build.extractor(source.extractor, source.size), nodes.Resize(name="resize", size=source.size)
+    extractor, trained = build.trained_extractor(source.checkpoint)
     return extractor, trained.transforms.eval  # type: ignore[return-value]
 
 
@@ -73,51 +94,31 @@ def embed(config: EmbedConfig) -> None:
     Raises:
         OmlRayError: the user's error, wherever it came up.
     """
-    config, table, rows, extractor, transform = prepare(config)
+    config, images = _prepare(config)
     run = runs.open_run(config)
     with session(needs(config.evaluation.embed, config.scaling)), unwrapped():
-        store, manifest = fill_store(
-            run,
-            config.data,
-            table,
-            rows,
-            config.data.split,
-            extractor,
-            transform,
-            config.evaluation.embed,
-            config.scaling,
-        )
+        store, manifest = fill_store(run, images, config.evaluation.embed, config.scaling)
         bad = len(store.bad_images(manifest))
-    say(f"{len(rows) - bad} rows embedded in {store.path}" + (f", {bad} bad images left out" if bad else ""))
+    say(f"{len(images.rows) - bad} rows embedded in {store.path}" + (f", {bad} bad images left out" if bad else ""))
 
 
 def dry_run(config: EmbedConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config."""
-    config, *_ = prepare(config)
+    config, _ = _prepare(config)
     check_given(needs(config.evaluation.embed, config.scaling))
     say(dump(config))
 
 
-def prepare(config: AnyEmbed) -> tuple[AnyEmbed, Table, Ids, Extractor, nodes.Resize]:
+def _prepare(config: EmbedConfig) -> tuple[EmbedConfig, Images]:
     """Check all that can be checked before anything starts; return what that made."""
     config = runs.resolved(config)
     runs.check_name(config)
-    table = build.table(config.data, config.run.storage)
-    return config, table, rows_of(table, config.data.split), *source(config)
+    return config, images_of(config.source, config.data, config.run.storage, config.seed)
 
 
-def fill_store(
-    run: RunDirectory,
-    data: nodes.Data,
-    table: Table,
-    rows: Ids,
-    split: str,
-    extractor: Extractor,
-    transform: nodes.Resize,
-    node: nodes.Embed,
-    scaling: nodes.Scaling,
-) -> tuple[Store, Manifest]:
+def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: nodes.Scaling) -> tuple[Store, Manifest]:
     """Embed the rows that the run's store is missing, in a session that is there; return the whole store."""
+    extractor, table, rows, transform = images.extractor, images.table, images.rows, images.transform
     state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
     manifest = Manifest(
         num_rows=len(rows),
@@ -126,14 +127,15 @@ def fill_store(
         weights=fingerprint(state),
         transform=transform.model_dump(),
         table=table.fingerprint,
-        split=split,
+        split=images.data.split,
+        dtype=node.dtype,
     )
     store = Store(*resolve(f"{run.uri}/{runs.EMBEDDINGS}"))
     missing = store.begin(manifest)
     if not missing:
         return store, manifest
-    configure(scaling.data_cpus + node.actors * node.cpus_per_actor)
-    loader = build.evaluation_loader(data, table, transform)
+    configure(scaling.data_cpus + node.most_actors * node.cpus_per_actor)
+    loader = build.evaluation_loader(images.data, table, transform)
     shared = ray.put((loader, rows, np.array(missing)))
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
     # The memory is declared so that the tasks' arguments differ from the actors': with equal ones Ray Data fuses the
@@ -146,9 +148,9 @@ def fill_store(
     )
     dataset = dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(ray.put(extractor), shared, store, node.batch_size, scaling.use_gpu),
+        fn_constructor_args=(ray.put(extractor), shared, store, node.batch_size, scaling.use_gpu, node.dtype),
         batch_size=None,
-        compute=ActorPoolStrategy(size=node.actors),
+        compute=_pool(node),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
     )
@@ -159,6 +161,12 @@ def fill_store(
                 raise_noted(note)
             done(int(block["rows"].sum()))
     return store, manifest
+
+
+def _pool(node: nodes.Embed) -> ActorPoolStrategy:
+    if isinstance(node.actors, int):
+        return ActorPoolStrategy(size=node.actors)
+    return ActorPoolStrategy(min_size=node.actors[0], max_size=node.actors[1])
 
 
 def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Row:
@@ -174,12 +182,18 @@ class _Embedder:
     """One actor of the pool: embeds loaded parts and writes them."""
 
     def __init__(
-        self, extractor: ray.ObjectRef[Any], shared: ray.ObjectRef[Any], store: Store, batch_size: int, use_gpu: bool
+        self,
+        extractor: ray.ObjectRef[Any],
+        shared: ray.ObjectRef[Any],
+        store: Store,
+        batch_size: int,
+        use_gpu: bool,
+        dtype: str,
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.extractor: Extractor = ray.get(extractor).to(self.device).eval()
         loader: EvaluationLoader = fetched(shared)[0]
-        self.table, self.store, self.batch_size = loader.reader.table, store, batch_size
+        self.table, self.store, self.batch_size, self.dtype = loader.reader.table, store, batch_size, dtype
 
     def __call__(self, block: Row) -> Row:
         notes = []
@@ -201,7 +215,7 @@ class _Embedder:
             ]
         embeddings = torch.cat(chunks).numpy()  # (rows, dim)
         bad = dict(zip(batch.bad.tolist(), batch.reasons, strict=True))
-        self.store.write_part(part, columns_of(self.table, batch.ids), embeddings, bad)
+        self.store.write_part(part, columns_of(self.table, batch.ids), embeddings.astype(self.dtype), bad)
 
 
 def columns_of(table: Table, ids: Ids) -> dict[str, Any]:

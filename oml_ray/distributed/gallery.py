@@ -1,139 +1,311 @@
 """The gallery: one actor per shard, a query block goes to all of them, their answers are merged.
 
-A shard holds its embeddings in a scratch file and reads them block by block: its memory is bounded by the blocks, not
+A shard keeps its embeddings in a scratch file and reads them block by block: its memory is bounded by the blocks, not
 by the gallery. It loads them when it is made, so that a shard whose actor or node died is rebuilt, and asked again.
+Where queries and gallery are the same, each pair of shards is searched in both directions at once (`search_within`).
 """
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.actor import ActorHandle
 
+from oml_ray import build
 from oml_ray.config import nodes
+from oml_ray.data.filesystem import join, resolve
 from oml_ray.data.samplers import Ids
 from oml_ray.distributed.session import Needs
-from oml_ray.retrieval import exact
-from oml_ray.retrieval.neighbors import Neighbors, merge
-from oml_ray.retrieval.store import Embeddings, Manifest, Store, embeddings_of
+from oml_ray.errors import EmbeddingError
+from oml_ray.retrieval import exact, ranks
+from oml_ray.retrieval.index import GalleryIndex
+from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
+from oml_ray.retrieval.rows import FileRows, Float32Array, Rows
+from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
 BLOCKS_IN_FLIGHT = 2
 
 
 def needs(gallery: nodes.Gallery, scaling: nodes.Scaling) -> Needs:
     """Logical resources of a gallery."""
-    return Needs(gallery.shards, 1 if scaling.use_gpu else 0, f"evaluation.gallery.shards = {gallery.shards}")
+    formula = "evaluation.gallery.shards * evaluation.gallery.cpus_per_shard"
+    return Needs(
+        gallery.shards * gallery.cpus_per_shard,
+        1 if scaling.use_gpu else 0,
+        f"{formula} = {gallery.shards} * {gallery.cpus_per_shard}",
+        {"evaluation.gallery.cpus_per_shard": gallery.cpus_per_shard},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Instances of a gallery, and where their embeddings are; labels are for counting ranks."""
+
+    embeddings: UserEmbeddings
+    ids: Ids
+    labels: Ids
+    sequences: Ids | None
+
+    def slice(self, rows: slice) -> Part:
+        """Some of the instances."""
+        sequences = None if self.sequences is None else self.sequences[rows]
+        return Part(self.embeddings, self.ids[rows], self.labels[rows], sequences)
+
+    def load(self, name: str) -> Rows:
+        """The instances, their embeddings in a scratch file that goes when the rows do."""
+        kept = [np.empty(0, np.int64)]
+        with tempfile.TemporaryFile(prefix="oml_ray-") as scratch:
+            for ids, embeddings in self.embeddings.blocks(ids=self.ids):
+                scratch.write(embeddings.tobytes())
+                kept.append(ids)
+            scratch.flush()
+            held = FileRows(scratch, self.embeddings.dimension)  # what is mapped stays there without the file
+        found = np.concatenate(kept)
+        if len(found) < len(self.ids):
+            lost = np.setdiff1d(self.ids, found)
+            raise EmbeddingError(
+                f"{self.embeddings.path} has no embedding for {len(lost)} row(s) that are searched, first: "
+                f"{lost[:5].tolist()}: embed them, or leave them out of the table."
+            )
+        order = np.argsort(found)  # (rows of the file by id)
+        places = None if (np.diff(found) > 0).all() else order
+        return Rows(self.ids, held, self.sequences, places, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Neighbors of a block of queries, and how many of them needed a second search."""
+
+    neighbors: Neighbors
+    second_searches: int = 0
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
 class GalleryShard:
-    """A part of the gallery that answers queries exactly."""
+    """A part of the gallery that answers queries."""
 
-    def __init__(
-        self, store: Store, manifest: Manifest, ids: Ids, sequences: Ids, gallery: nodes.Gallery, use_gpu: bool
-    ) -> None:
-        self.gallery, self.device = gallery, "cuda" if use_gpu else "cpu"
-        self._scratch = tempfile.TemporaryFile(prefix="oml_ray-shard-")  # noqa: SIM115 (lives as long as the actor)
-        kept = [np.empty(0, np.int64)]
-        for part_ids, embeddings in rows_of(store, manifest, ids):
-            self._scratch.write(embeddings.tobytes())
-            kept.append(part_ids)
-        self._scratch.flush()
-        self.ids = np.concatenate(kept)
-        self.sequences = sequences[np.searchsorted(ids, self.ids)]
-        shape = (len(self.ids), manifest.embedding_dim)
-        self.embeddings: Embeddings = (
-            np.memmap(self._scratch, np.float32, "r", shape=shape) if len(self.ids) else np.empty(shape, np.float32)
+    def __init__(self, part: Part, gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
+        torch.set_num_threads(gallery.cpus_per_shard)
+        self.part, self.gallery, self.device = part, gallery, "cuda" if use_gpu else "cpu"
+        self.rows = part.load("gallery")
+        start = time.perf_counter()
+        self.index = None if isinstance(gallery, nodes.ExactGallery) else self._index(gallery, index, use_gpu)
+        self.build_s = time.perf_counter() - start
+
+    def _index(
+        self, gallery: nodes.FaissGallery | nodes.HnswlibGallery, uri: str | None, use_gpu: bool
+    ) -> GalleryIndex:
+        settings = build.index_settings(gallery, use_gpu=use_gpu)
+        options: dict[str, Any] = {"distance": gallery.distance, "block_rows": gallery.block_rows}
+        if uri is None:
+            return GalleryIndex.build(settings, self.rows, **options)
+        filesystem, path = resolve(uri)
+        if filesystem.get_file_info(f"{path}.json").is_file:
+            return GalleryIndex.load(filesystem, path, settings, self.rows, **options)
+        index = GalleryIndex.build(settings, self.rows, **options)
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        index.save(filesystem, path)
+        return index
+
+    def cost(self) -> tuple[int, float]:
+        """Bytes of the index, without the embeddings, and seconds to build or load it."""
+        return (0 if self.index is None else self.index.num_bytes()), self.build_s
+
+    def search(self, queries: Float32Array, ids: Ids, sequences: Ids | None, k: int) -> Answer:
+        """The k nearest of this shard for a block of queries (q, D)."""
+        asking = Rows(ids, queries, sequences, name="queries")
+        if self.index is not None:
+            return Answer(self.index.search(asking, k))
+        counter = exact.Counter()
+        return Answer(exact.search(asking, self.rows, k, **self._options(counter)), counter.second_searches)
+
+    def search_within(self, k: int) -> Answer:
+        """The k nearest of this shard for each of its own instances."""
+        counter = exact.Counter()
+        return Answer(exact.search_within(self.rows, k, **self._options(counter)), counter.second_searches)
+
+    def search_both(self, other: Part, k: int, bounds: tuple[Float32Array, Float32Array]) -> tuple[Answer, Answer]:
+        """The k nearest of another part for this shard's instances, and the reverse, where nearer than bounds."""
+        counter = exact.Counter()
+        found = exact.search_both(self.rows, other.load("gallery"), k, bounds=bounds, **self._options(counter))
+        return Answer(found[0], counter.second_searches), Answer(found[1])
+
+    def relevant(self, queries: Float32Array, ids: Ids, labels: Ids, sequences: Ids | None) -> ranks.Relevant:
+        """The relevant instances of this shard for a block of queries."""
+        asking = Rows(ids, queries, sequences, name="queries")
+        return ranks.relevant_pairs(
+            asking, labels, self.rows, self.part.labels, distance=self.gallery.distance, device=self.device
         )
 
-    def num_rows(self) -> int:
-        """How many gallery items the shard holds."""
-        return len(self.ids)
-
-    def search(self, queries: Embeddings, query_ids: Ids, query_sequences: Ids, k: int) -> Neighbors:
-        """The k nearest of this shard for a block of queries (q, D)."""
-        rows = self.gallery.block_rows
-        return exact.search(
-            queries,
-            exact.blocks_of(self.ids, self.embeddings, self.sequences, rows),
-            k,
-            query_ids=query_ids,
-            query_sequences=query_sequences,
+    def nearer(
+        self, queries: Float32Array, ids: Ids, labels: Ids, sequences: Ids | None, relevant: ranks.Relevant
+    ) -> Ids:
+        """How many instances of this shard come before each relevant one."""
+        return ranks.nearer(
+            Rows(ids, queries, sequences, name="queries"),
+            labels,
+            self.rows,
+            self.part.labels,
+            relevant,
             distance=self.gallery.distance,
-            block_rows=rows,
+            block_rows=self.gallery.block_rows,
             device=self.device,
         )
 
-    def take(self, wanted: Ids) -> tuple[Ids, Embeddings]:
+    def take(self, wanted: Ids) -> tuple[Ids, Float32Array]:
         """Those of the wanted ids that this shard holds, with their embeddings."""
-        rows = np.flatnonzero(np.isin(self.ids, wanted))
-        return self.ids[rows], np.array(self.embeddings[rows])
+        rows = np.flatnonzero(np.isin(self.rows.ids, wanted))
+        return self.rows.ids[rows], self.rows.take(rows)
+
+    def _options(self, counter: exact.Counter) -> dict[str, Any]:
+        assert isinstance(self.gallery, nodes.ExactGallery)
+        return {
+            "distance": self.gallery.distance,
+            "precision": self.gallery.precision,
+            "block_rows": self.gallery.block_rows,
+            "device": self.device,
+            "counter": counter,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of queries: embeddings float32 (q, D), ids, labels and sequences (q,)."""
+
+    embeddings: Float32Array
+    ids: Ids
+    labels: Ids
+    sequences: Ids | None
 
 
 class GalleryPool:
     """All shards of a gallery."""
 
-    def __init__(
-        self, store: Store, manifest: Manifest, ids: Ids, sequences: Ids, gallery: nodes.Gallery, *, use_gpu: bool
-    ) -> None:
+    def __init__(self, part: Part, gallery: nodes.Gallery, *, use_gpu: bool) -> None:
         """Start the shards; they load in parallel.
 
         Args:
-            store: whole store that holds the gallery.
-            manifest: its manifest.
-            ids: int64 (G,), sorted row ids of the gallery.
-            sequences: int64 (G,), -1 = none.
+            part: the whole gallery, its ids sorted.
             gallery: backend, number of shards, distance and blocks.
             use_gpu: have the shards share a GPU (each its part of it, on as many as there are).
         """
-        count = max(1, min(gallery.shards, len(ids)))
-        bounds = [shard * len(ids) // count for shard in range(count + 1)]
+        count = max(1, min(gallery.shards, len(part.ids)))
+        bounds = [shard * len(part.ids) // count for shard in range(count + 1)]
+        self.parts = [part.slice(slice(start, stop)) for start, stop in itertools.pairwise(bounds)]
+        index = getattr(gallery, "index", None)
         self.shards: list[ActorHandle[Any]] = [
-            GalleryShard.options(num_cpus=1, num_gpus=1 / count if use_gpu else 0).remote(  # type: ignore[attr-defined]
-                store, manifest, ids[start:stop], sequences[start:stop], gallery, use_gpu
-            )
-            for start, stop in itertools.pairwise(bounds)
+            GalleryShard.options(  # type: ignore[attr-defined]
+                num_cpus=gallery.cpus_per_shard, num_gpus=1 / count if use_gpu else 0
+            ).remote(own, gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
+            for shard, own in enumerate(self.parts)
         ]
+        self.second_searches = 0
 
-    def search(self, blocks: Iterator[tuple[Embeddings, Ids, Ids]], k: int) -> Iterator[tuple[Ids, Neighbors]]:
-        """Answer query blocks (embeddings (q, D), ids (q,), sequences (q,)) in order, a bounded number in flight.
+    def search(self, blocks: Iterator[Block], k: int) -> Iterator[tuple[Block, Neighbors]]:
+        """Answer query blocks in order, a bounded number in flight.
 
         Yields:
-            The ids of a block and its k nearest over the whole gallery.
+            A block and its k nearest over the whole gallery.
         """
-        flying: list[tuple[Ids, list[ray.ObjectRef[Neighbors]]]] = []
-        for queries, ids, sequences in blocks:
-            block = ray.put(queries)
-            flying.append((ids, [shard.search.remote(block, ids, sequences, k) for shard in self.shards]))
-            if len(flying) >= BLOCKS_IN_FLIGHT:
-                done, answers = flying.pop(0)
-                yield done, merge(ray.get(answers), k)
-        for done, answers in flying:
-            yield done, merge(ray.get(answers), k)
 
-    def take(self, wanted: Ids) -> tuple[Ids, Embeddings]:
+        def ask(block: Block, embeddings: Any) -> list[Any]:
+            return [shard.search.remote(embeddings, block.ids, block.sequences, k) for shard in self.shards]
+
+        for block, answers in self._each(blocks, ask):
+            self.second_searches += sum(answer.second_searches for answer in answers)
+            yield block, merge([answer.neighbors for answer in answers], k)
+
+    def ranks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, ranks.Ranks]]:
+        """Rank all relevant instances of query blocks over the whole gallery, in order."""
+
+        def ask(block: Block, embeddings: Any) -> list[Any]:
+            asked = (embeddings, block.ids, block.labels, block.sequences)
+            pairs = [shard.relevant.remote(*asked) for shard in self.shards]
+            relevant = _merged.remote(*pairs)
+            return [relevant, *(shard.nearer.remote(*asked, relevant) for shard in self.shards)]
+
+        for block, (relevant, *counts) in self._each(blocks, ask):
+            yield block, ranks.ranked(relevant, counts)
+
+    def search_within(self, k: int, done: Callable[[int], None]) -> Neighbors:
+        """Search each instance of the gallery among all others, with half the products.
+
+        Args:
+            k: places per instance.
+            done: is told how many pairs of instances were searched.
+
+        Returns:
+            Neighbors in the order of ids.
+        """
+        count = len(self.shards)
+        # Each shard meets those at most half the circle ahead: every pair of shards once, and all have equal work.
+        waiting = {
+            own: [(own + ahead) % count for ahead in range(1, count // 2 + 1) if 2 * ahead < count or own < count // 2]
+            for own in range(count)
+        }
+        found: list[Neighbors] = []
+        alone: list[Answer] = ray.get([shard.search_within.remote(k) for shard in self.shards])
+        for own, answer in enumerate(alone):
+            self.second_searches += answer.second_searches
+            found.append(answer.neighbors)
+            done(len(self.parts[own].ids) ** 2)
+        flying: dict[Any, tuple[int, int]] = {}
+
+        def send(own: int) -> None:
+            if waiting[own]:
+                other = waiting[own].pop(0)
+                bounds = found[own].distances[:, -1], found[other].distances[:, -1]
+                flying[self.shards[own].search_both.remote(self.parts[other], k, bounds)] = (own, other)
+
+        for own in range(count):
+            send(own)
+        while flying:
+            (landed,), _ = ray.wait(list(flying))
+            own, other = flying.pop(landed)
+            answers: tuple[Answer, Answer] = ray.get(landed)
+            for place, answer in zip((own, other), answers, strict=True):
+                self.second_searches += answer.second_searches
+                found[place] = merge([found[place], answer.neighbors], k)
+            done(2 * len(self.parts[own].ids) * len(self.parts[other].ids))
+            send(own)
+        return concatenate(found)
+
+    def take(self, wanted: Ids) -> tuple[Ids, Float32Array]:
         """Embeddings of some gallery ids, sorted by id."""
-        found: Sequence[tuple[Ids, Embeddings]] = ray.get([shard.take.remote(wanted) for shard in self.shards])
+        found: Sequence[tuple[Ids, Float32Array]] = ray.get([shard.take.remote(wanted) for shard in self.shards])
         ids, embeddings = np.concatenate([part for part, _ in found]), np.concatenate([part for _, part in found])
         order = np.argsort(ids)
         return ids[order], embeddings[order]
+
+    def cost(self) -> tuple[int, float]:
+        """Bytes of all indexes, and seconds until the last was there."""
+        costs: Sequence[tuple[int, float]] = ray.get([shard.cost.remote() for shard in self.shards])
+        return sum(size for size, _ in costs), max(seconds for _, seconds in costs)
 
     def close(self) -> None:
         """End the shards."""
         for shard in self.shards:
             ray.kill(shard)
 
+    def _each(self, blocks: Iterator[Block], ask: Any) -> Iterator[tuple[Block, list[Any]]]:
+        flying: list[tuple[Block, list[Any]]] = []
+        for block in blocks:
+            flying.append((block, ask(block, ray.put(block.embeddings))))
+            if len(flying) >= BLOCKS_IN_FLIGHT:
+                done, answers = flying.pop(0)
+                yield done, ray.get(answers)
+        for done, answers in flying:
+            yield done, ray.get(answers)
 
-def rows_of(store: Store, manifest: Manifest, ids: Ids) -> Iterator[tuple[Ids, Embeddings]]:
-    """Yield the rows of a store whose ids are among `ids` (sorted), part by part."""
-    for part in store.parts(manifest, ["id", "embedding"], ids):
-        found = part.column("id").to_numpy()
-        places = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
-        rows = np.flatnonzero(ids[places] == found)
-        if len(rows):
-            yield found[rows], embeddings_of(part)[rows]
+
+@ray.remote(num_cpus=0)
+def _merged(*parts: ranks.Relevant) -> ranks.Relevant:
+    return ranks.merge(parts)

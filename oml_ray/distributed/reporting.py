@@ -12,11 +12,11 @@ from oml_ray.config import EvaluateConfig, TrainConfig
 from oml_ray.data.filesystem import join
 from oml_ray.data.images import ImageReader
 from oml_ray.data.samplers import Ids
-from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.progress import say
-from oml_ray.distributed.search import Found, relevance
+from oml_ray.distributed.search import Embedded, Found, relevance
 from oml_ray.errors import EmbeddingError, ImageError
+from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import Picture, QueryRow
 from oml_ray.training.run_directory import RunDirectory
 
@@ -42,8 +42,13 @@ def random_queries(found: Found) -> Ids:
     return np.random.default_rng(0).permutation(len(found.queries))
 
 
-def query_rows(found: Found, table: Table, config: TrainConfig | EvaluateConfig, positions: Ids) -> list[QueryRow]:
-    """Pictures of the first of `positions`: queries, their neighbors, and what they missed."""
+def query_rows(
+    found: Found, embedded: Embedded, config: TrainConfig | EvaluateConfig, positions: Ids
+) -> list[QueryRow]:
+    """Pictures of the first of `positions`: queries, their neighbors, and what they missed; none without images."""
+    if not embedded.has_images or config.data is None:
+        return []
+    table = embedded.table
     reader = ImageReader(table, max_pixels=config.data.max_pixels)
     pictures, labels = config.evaluation.pictures, table.labels
     relevant = relevance(found.neighbors, found.queries, labels)
@@ -121,7 +126,8 @@ def print_metrics(metrics: dict[str, Any], before_training: dict[str, Any] | Non
                 say(f"  {family}@{k:<4} no query has a ground truth")
                 continue
             before = before_training and before_training["overall"].get(family, {}).get(k)
-            low, high = entry["ci95"]
-            say(f"  {family + '@' + k:<14} {entry['value']:.4f}  [{low:.4f}, {high:.4f}]" + (
-                f"  before training {before['value']:.4f}" if before else ""))  # fmt: skip
+            name = family if k == ALL else f"{family}@{k}"
+            interval = "  [{:.4f}, {:.4f}]".format(*entry["ci95"]) if entry["ci95"] else ""
+            was = f"  before training {before['value']:.4f}" if before else ""
+            say(f"  {name:<14} {entry['value']:.4f}{interval}{was}")
     say(f"report: {join(run.uri, runs.REPORT)}")

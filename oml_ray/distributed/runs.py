@@ -8,38 +8,50 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 from oml_ray import build
-from oml_ray.config import EmbedConfig, TrainConfig, differing_keys, dump, nodes, parse_yaml
+from oml_ray.config import (
+    EmbedConfig,
+    EvaluateConfig,
+    SearchConfig,
+    TrainConfig,
+    differing_keys,
+    dump,
+    nodes,
+    parse_yaml,
+)
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
 from oml_ray.errors import RunError
 from oml_ray.training.run_directory import RunDirectory
 
 CONFIG, METRICS, REPORT, EMBEDDINGS = "config.yaml", "metrics.json", "report.html", "embeddings"
+NEIGHBORS, PER_QUERY = "neighbors.parquet", "per_query.parquet"
 
-AnyConfig = TypeVar("AnyConfig", bound=TrainConfig | EmbedConfig)
+# Keys whose text is a path or a URI.
+PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddings", "index", "queries", "gallery",
+         "gallery_root"}  # fmt: skip
+
+Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def resolved(config: AnyConfig) -> AnyConfig:
     """Make every path of a config absolute: Ray changes the directory of its workers."""
-    updates: dict[str, Any] = {"run": config.run.model_copy(update={"storage": _absolute(config.run.storage)})}
-    data: dict[str, Any] = {"root": config.data.root and _absolute(config.data.root)}
-    if config.data.table != build.FIGURES:
-        data["table"] = _absolute(config.data.table)
-    updates["data"] = config.data.model_copy(update=data)
-    if isinstance(config, TrainConfig):
-        if config.extractor.weights:
-            weights = _absolute(config.extractor.weights)
-            updates["extractor"] = config.extractor.model_copy(update={"weights": weights})
-    elif (path := getattr(config.source, "checkpoint", None)) is not None:
-        updates["source"] = config.source.model_copy(update={"checkpoint": _absolute(path)})
-    elif isinstance(config.source, nodes.ExtractorSource) and config.source.extractor.weights:
-        weights = _absolute(config.source.extractor.weights)
-        extractor = config.source.extractor.model_copy(update={"weights": weights})
-        updates["source"] = config.source.model_copy(update={"extractor": extractor})
-    return cast(AnyConfig, config.model_copy(update=updates))
+    return cast(AnyConfig, _resolved(config))
 
 
-def check_name(config: TrainConfig | EmbedConfig) -> None:
+def _resolved(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_resolved(item) for item in node]
+    if not isinstance(node, nodes.Node):
+        return node
+    updates = {name: _resolved(getattr(node, name)) for name in type(node).model_fields}
+    for name, value in updates.items():
+        if name in PATHS and isinstance(value, str) and value != build.FIGURES:
+            updates[name] = _absolute(value)
+    return node.model_copy(update=updates)
+
+
+def check_name(config: Config) -> None:
     """Refuse a name that another config has used, without touching anything.
 
     Raises:
@@ -63,7 +75,7 @@ def check_name(config: TrainConfig | EmbedConfig) -> None:
         )
 
 
-def is_finished(config: TrainConfig | EmbedConfig) -> bool:
+def is_finished(config: Config) -> bool:
     """Whether the run of this config has its metrics; says so."""
     uri = join(config.run.storage, config.run.name)
     if config.run.resume == "never" or not exists(join(uri, METRICS)):
@@ -72,7 +84,7 @@ def is_finished(config: TrainConfig | EmbedConfig) -> bool:
     return True
 
 
-def open_run(config: TrainConfig | EmbedConfig) -> RunDirectory:
+def open_run(config: Config) -> RunDirectory:
     """Open the run's directory: continue what is there, or clear it for `resume: never`.
 
     Raises:
@@ -89,7 +101,10 @@ def open_run(config: TrainConfig | EmbedConfig) -> RunDirectory:
                 "choose another run.name, or remove the folder yourself."
             )
         # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
-        clear(run, [METRICS, REPORT, EMBEDDINGS, "checkpoints", "tensorboard", "history.jsonl", CONFIG])
+        clear(
+            run,
+            [METRICS, REPORT, NEIGHBORS, PER_QUERY, EMBEDDINGS, "checkpoints", "tensorboard", "history.jsonl", CONFIG],
+        )
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     return run
@@ -101,7 +116,7 @@ def clear(run: RunDirectory, names: Iterable[str]) -> None:
         run.remove(name)
 
 
-def ray_name(config: TrainConfig | EmbedConfig) -> str:
+def ray_name(config: Config) -> str:
     """Name for Ray's own records, new at every start: Ray would continue an old one by itself."""
     return f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 

@@ -1,9 +1,10 @@
-"""Search of a whole store: neighbors of all queries, their metrics, and a sample of pairs, bounded by the queries."""
+"""Search of a table's queries in its gallery: neighbors, metrics and a sample of pairs, bounded by the queries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,18 +14,67 @@ from oml_ray.config import nodes
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distances import Distance, exact_paired
-from oml_ray.distributed.gallery import GalleryPool, rows_of
+from oml_ray.distributed.gallery import Block, GalleryPool, Part
 from oml_ray.distributed.progress import counting
 from oml_ray.errors import EmbeddingError
 from oml_ray.retrieval.exclusion import ground_truth_counts
-from oml_ray.retrieval.metrics import per_query
+from oml_ray.retrieval.metrics import PerQuery, from_ranks, per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate
-from oml_ray.retrieval.store import Embeddings, Manifest, Store
+from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
 PAIRS_SAMPLED = 5000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """A table whose rows are embedded, but for those that could not be read."""
+
+    table: Table
+    embeddings: UserEmbeddings
+    bad: dict[int, str] = field(default_factory=dict)
+    """Row id -> reason of every row without an embedding."""
+    has_images: bool = True
+    """Whether the table's images can be shown."""
+
+    @property
+    def sequences(self) -> Ids | None:
+        """int64 (N,), -1 = none; None when there are none at all."""
+        return self.table.sequences if (self.table.sequences >= 0).any() else None
+
+    def queries(self) -> Ids:
+        """Row ids of the queries that are embedded."""
+        return self._present(self.table.query_ids)
+
+    def gallery(self) -> Part:
+        """The gallery that is embedded."""
+        ids = self._present(self.table.gallery_ids)
+        sequences = self.sequences
+        return Part(self.embeddings, ids, self.table.labels[ids], None if sequences is None else sequences[ids])
+
+    def blocks(self, ids: Ids, block_rows: int) -> Iterator[Block]:
+        """Blocks of some rows, in the order of the files."""
+        waiting: list[tuple[Ids, NDArray[np.float32]]] = []
+
+        def block() -> Block:
+            rows = np.concatenate([part for part, _ in waiting])
+            embeddings = np.concatenate([part for _, part in waiting])
+            waiting.clear()
+            sequences = self.sequences
+            return Block(embeddings, rows, self.table.labels[rows], None if sequences is None else sequences[rows])
+
+        for rows, embeddings in self.embeddings.blocks(rows_per_block=block_rows, ids=ids):
+            if len(rows):
+                waiting.append((rows, embeddings))
+            if sum(len(part) for part, _ in waiting) >= block_rows:
+                yield block()
+        if waiting:
+            yield block()
+
+    def _present(self, ids: Ids) -> Ids:
+        return np.setdiff1d(ids, np.fromiter(self.bad, np.int64, len(self.bad)))
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a search found, as arrays over the queries; nothing here grows with the gallery."""
 
@@ -33,53 +83,73 @@ class Found:
     num_gallery: int
     num_relevant: Ids
     """Relevant gallery items of each query after exclusion."""
-    values: dict[str, dict[str, NDArray[np.float64]]]
+    values: PerQuery
     """Per-query metrics."""
     positive: NDArray[np.float32]
     """Distances of some pairs of one label."""
     negative: NDArray[np.float32]
     """Distances of some pairs of different labels."""
     bad: dict[int, str]
+    second_searches: int
+    """Queries that the first pass did not prove."""
+    seconds: float
+    """Of the search alone."""
+    index_bytes: int
+    build_s: float
 
 
-def search(store: Store, manifest: Manifest, table: Table, evaluation: nodes.Evaluation, *, use_gpu: bool) -> Found:
-    """Search the neighbors of all queries of a store and compute the per-query metrics.
+def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gallery, *, use_gpu: bool) -> Found:
+    """Search the neighbors of all queries and compute the per-query metrics.
+
+    Args:
+        embedded: what is searched.
+        evaluation: the metrics that are wanted.
+        gallery: how it is searched.
+        use_gpu: search on GPUs.
 
     Raises:
         EmbeddingError: no query or no gallery item is left.
     """
-    bad = store.bad_images(manifest)
-    lost = np.fromiter(bad, np.int64, len(bad))
-    queries, gallery_ids = np.setdiff1d(table.query_ids, lost), np.setdiff1d(table.gallery_ids, lost)
-    if not len(queries) or not len(gallery_ids):
+    table, queries, part = embedded.table, embedded.queries(), embedded.gallery()
+    if not len(queries) or not len(part.ids):
         raise EmbeddingError(
-            f"{len(queries)} queries and {len(gallery_ids)} gallery items are left after leaving out {len(bad)} bad "
-            "images: nothing can be evaluated."
+            f"{len(queries)} queries and {len(part.ids)} gallery items are left after leaving out {len(embedded.bad)} "
+            "bad images: nothing can be evaluated."
         )
-    labels, sequences = table.labels, table.sequences
-    k = max(evaluation.metrics.largest_rank, evaluation.pictures.neighbors)
-    sampled = _sample_pairs(queries, gallery_ids, table)
-    kept: list[tuple[Ids, Embeddings]] = []
-    pool = GalleryPool(store, manifest, gallery_ids, sequences[gallery_ids], evaluation.gallery, use_gpu=use_gpu)
+    labels, metrics = table.labels, evaluation.metrics
+    k = max(metrics.largest_rank, evaluation.pictures.neighbors)
+    sampled = _sample_pairs(queries, part.ids, labels)
+    pool = GalleryPool(part, gallery, use_gpu=use_gpu)
     try:
-        ids, answers = [], []
-        blocks = _query_blocks(store, manifest, table, queries, evaluation.gallery.block_rows, sampled[0], kept)
-        with counting("searching", len(queries), "queries") as done:
-            for block_ids, neighbors in pool.search(blocks, k):
-                ids.append(block_ids)
-                answers.append(neighbors)
-                done(len(block_ids))
-        positive, negative = _pair_distances(pool, sampled, kept, labels, evaluation.gallery.distance)
+        index_bytes, build_s = pool.cost()
+        start = time.perf_counter()
+        queries, neighbors = _neighbors(pool, embedded, queries, gallery, k)
+        seconds = time.perf_counter() - start
+        values_by_rank: PerQuery = {}
+        if metrics.by_rank:
+            values_by_rank = _by_rank(pool, embedded, queries, gallery, metrics.by_rank)
+        positive, negative = _pair_distances(pool, embedded, sampled, gallery.distance)
     finally:
         pool.close()
-    neighbors = concatenate(answers)
-    queries = np.concatenate(ids)
+    sequences = table.sequences
     num_relevant = ground_truth_counts(
-        queries, labels[queries], sequences[queries], gallery_ids, labels[gallery_ids], sequences[gallery_ids]
+        queries, labels[queries], sequences[queries], part.ids, part.labels, sequences[part.ids]
     )
-    ranks = evaluation.metrics.model_dump(include={"cmc", "precision", "map"})
-    values = per_query(relevance(neighbors, queries, labels), neighbors.counts, num_relevant, **ranks)
-    return Found(queries, neighbors, len(gallery_ids), num_relevant, values, positive, negative, bad)
+    values = per_query(relevance(neighbors, queries, labels), neighbors.counts, num_relevant, **metrics.listed)
+    return Found(
+        queries,
+        neighbors,
+        len(part.ids),
+        num_relevant,
+        {**values, **values_by_rank},
+        positive,
+        negative,
+        embedded.bad,
+        pool.second_searches,
+        seconds,
+        index_bytes,
+        build_s,
+    )
 
 
 def relevance(neighbors: Neighbors, queries: Ids, labels: Ids) -> NDArray[np.bool_]:
@@ -87,42 +157,57 @@ def relevance(neighbors: Neighbors, queries: Ids, labels: Ids) -> NDArray[np.boo
     return np.asarray((neighbors.ids >= 0) & (labels[neighbors.ids] == labels[queries][:, None]))  # (queries, k)
 
 
-def _query_blocks(
-    store: Store,
-    manifest: Manifest,
-    table: Table,
-    queries: Ids,
-    block_rows: int,
-    sampled: Ids,
-    kept: list[tuple[Ids, Embeddings]],
-) -> Iterator[tuple[Embeddings, Ids, Ids]]:
-    """Blocks of queries in the order of their ids; embeddings of sampled ones are kept on the way."""
-    waiting: list[tuple[Ids, Embeddings]] = []
-
-    def block() -> tuple[Embeddings, Ids, Ids]:
-        ids = np.concatenate([part for part, _ in waiting])
-        embeddings = np.concatenate([part for _, part in waiting])
-        waiting.clear()
-        chosen = np.isin(ids, sampled)
-        kept.append((ids[chosen], embeddings[chosen]))
-        return embeddings, ids, table.sequences[ids]
-
-    for ids, embeddings in rows_of(store, manifest, queries):
-        waiting.append((ids, embeddings))
-        if sum(len(part) for part, _ in waiting) >= block_rows:
-            yield block()
-    if waiting:
-        yield block()
+def _neighbors(
+    pool: GalleryPool, embedded: Embedded, queries: Ids, gallery: nodes.Gallery, k: int
+) -> tuple[Ids, Neighbors]:
+    """Queries in the order in which they were searched, and their neighbors."""
+    num_gallery = sum(len(part.ids) for part in pool.parts)
+    is_within = isinstance(gallery, nodes.ExactGallery) and len(queries) == num_gallery
+    if is_within and all((queries[start : start + len(part.ids)] == part.ids).all() for part, start in _starts(pool)):
+        with counting("searching", num_gallery**2, "pairs") as done:
+            return queries, pool.search_within(k, done)
+    ids, answers = [], []
+    with counting("searching", len(queries), "queries") as done:
+        for block, neighbors in pool.search(embedded.blocks(queries, gallery.block_rows), k):
+            ids.append(block.ids)
+            answers.append(neighbors)
+            done(len(block.ids))
+    return np.concatenate(ids), concatenate(answers)
 
 
-def _sample_pairs(queries: Ids, gallery_ids: Ids, table: Table) -> tuple[Ids, Ids, Ids]:
+def _starts(pool: GalleryPool) -> Iterator[tuple[Part, int]]:
+    start = 0
+    for part in pool.parts:
+        yield part, start
+        start += len(part.ids)
+
+
+def _by_rank(
+    pool: GalleryPool, embedded: Embedded, queries: Ids, gallery: nodes.Gallery, families: list[str]
+) -> PerQuery:
+    """The metrics that need ranks beyond the neighbors, in the order of `queries`."""
+    ids, parts = [], []
+    with counting("ranking", len(queries), "queries") as done:
+        for block, ranks in pool.ranks(embedded.blocks(queries, gallery.block_rows)):
+            ids.append(block.ids)
+            parts.append(from_ranks(ranks.ranks, ranks.offsets, ranks.n, families))
+            done(len(block.ids))
+    found = np.concatenate(ids)
+    places = np.argsort(found)[np.searchsorted(np.sort(found), queries)]
+    return {
+        family: {k: np.concatenate([part[family][k] for part in parts])[places] for k in by_k}
+        for family, by_k in parts[0].items()
+    }
+
+
+def _sample_pairs(queries: Ids, gallery_ids: Ids, labels: Ids) -> tuple[Ids, Ids, Ids]:
     """Row ids of seeded random queries, each with one gallery item of its label and one of any label, -1 for none."""
     generator = np.random.default_rng(0)
     chosen = generator.choice(queries, PAIRS_SAMPLED)
-    order = np.argsort(table.labels[gallery_ids], kind="stable")
-    by_label, sorted_labels = gallery_ids[order], table.labels[gallery_ids][order]
-    first = np.searchsorted(sorted_labels, table.labels[chosen], "left")
-    count = np.searchsorted(sorted_labels, table.labels[chosen], "right") - first
+    order = np.argsort(labels[gallery_ids], kind="stable")
+    by_label, sorted_labels = gallery_ids[order], labels[gallery_ids][order]
+    first = np.searchsorted(sorted_labels, labels[chosen], "left")
+    count = np.searchsorted(sorted_labels, labels[chosen], "right") - first
     offset = generator.integers(0, np.maximum(count, 1))
     partners = np.where(count > 0, by_label[np.minimum(first + offset, len(by_label) - 1)], -1)
     partners[partners == chosen] = -1
@@ -130,23 +215,26 @@ def _sample_pairs(queries: Ids, gallery_ids: Ids, table: Table) -> tuple[Ids, Id
 
 
 def _pair_distances(
-    pool: GalleryPool,
-    sampled: tuple[Ids, Ids, Ids],
-    kept: list[tuple[Ids, Embeddings]],
-    labels: Ids,
-    distance: Distance,
+    pool: GalleryPool, embedded: Embedded, sampled: tuple[Ids, Ids, Ids], distance: Distance
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     chosen, partners, others = sampled
-    query_ids = np.concatenate([ids for ids, _ in kept])
-    query_embeddings = np.concatenate([embeddings for _, embeddings in kept])
-    order = np.argsort(query_ids)
-    query_ids, query_embeddings = query_ids[order], query_embeddings[order]
-    item_ids, item_embeddings = pool.take(np.unique(np.concatenate([partners, others])))
+    asked = _taken(embedded, np.unique(chosen))
+    items = _lookup(*pool.take(np.unique(np.concatenate([partners, others]))))
 
     def distances(one: Ids, other: Ids) -> NDArray[np.float32]:
-        left = torch.from_numpy(query_embeddings[np.searchsorted(query_ids, one)])
-        right = torch.from_numpy(item_embeddings[np.searchsorted(item_ids, other)])
-        return exact_paired(left, right, distance).numpy()
+        return exact_paired(torch.from_numpy(asked(one)), torch.from_numpy(items(other)), distance).numpy()
 
+    labels = embedded.table.labels
     has_partner, differs = partners >= 0, labels[others] != labels[chosen]
     return distances(chosen[has_partner], partners[has_partner]), distances(chosen[differs], others[differs])
+
+
+def _taken(embedded: Embedded, wanted: Ids) -> Callable[[Ids], NDArray[np.float32]]:
+    """Embeddings of some rows, by id."""
+    parts = list(embedded.embeddings.blocks(ids=wanted))
+    return _lookup(np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts]))
+
+
+def _lookup(ids: Ids, embeddings: NDArray[np.float32]) -> Callable[[Ids], NDArray[np.float32]]:
+    order = np.argsort(ids)
+    return lambda wanted: embeddings[order[np.searchsorted(ids[order], wanted)]]

@@ -16,10 +16,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from oml_ray import build
-from oml_ray.config import TrainConfig, dump, validate
+from oml_ray.config import TrainConfig, dump, nodes, validate
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import evaluate, runs
+from oml_ray.distributed import embed, evaluate, runs
 from oml_ray.distributed.progress import Monitor, say, watching
 from oml_ray.distributed.session import Needs, check_given, quiet, session, unwrapped, user_error
 from oml_ray.distributed.stream import RayStream
@@ -89,7 +89,11 @@ def train(config: TrainConfig) -> None:
     with session(_all_needs(config)), unwrapped():
         fit(config, table, run)
         extractor, _ = build.trained_extractor(join(run.uri, "checkpoints", "best"))
-        evaluate.measure(run, config, table, extractor, config.transforms.eval, History(run).rows)  # type: ignore[arg-type]
+        timings: dict[str, float] = {}
+        data = nodes.SplitData(**config.data.model_dump(), split="validation")
+        images = embed.Images(data, table, table.validation_ids, extractor, config.transforms.eval)  # type: ignore[arg-type]
+        embedded = evaluate.embed_validation(run, config, images, timings)
+        evaluate.measure(run, config, embedded, History(run).rows, timings)
 
 
 def fit(

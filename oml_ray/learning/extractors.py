@@ -209,7 +209,12 @@ def projection(num_features: int, hidden_dims: Sequence[int], embedding_dim: int
 
     Raises:
         ConfigError: hidden layers without a last width.
+        ValueError: a width below 1.
     """
+    if embedding_dim is not None and embedding_dim < 1:
+        raise ValueError(f"embedding_dim must be at least 1 or None, found {embedding_dim}.")
+    if any(width < 1 for width in hidden_dims):
+        raise ValueError(f"hidden_dims must be at least 1, found {list(hidden_dims)}.")
     if embedding_dim is None:
         if hidden_dims:
             raise ConfigError("extractor.hidden_dims need extractor.embedding_dim, the width of the last layer.")

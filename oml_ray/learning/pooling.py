@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -39,10 +40,10 @@ class GeM(nn.Module):
             num_prefix_tokens: tokens (class token, registers) before those of the patches; they are left out.
         """
         super().__init__()
-        if p <= 0:
-            raise ValueError(f"p must be above 0, found {p}.")
-        if eps <= 0:
-            raise ValueError(f"eps must be above 0, found {eps}.")
+        if not 0 < p < math.inf:
+            raise ValueError(f"p must be above 0 and finite, found {p}.")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be above 0 and finite, found {eps}.")
         self.p = nn.Parameter(torch.full((1,), float(p)))
         self.eps, self.channels_last, self.num_prefix_tokens = eps, channels_last, num_prefix_tokens
 

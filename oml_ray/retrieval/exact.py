@@ -1,229 +1,326 @@
-"""Exact k-nearest search by blocks: a float32 product proposes pairs, the definition of the distance decides.
+"""Exact k-nearest search by blocks: products find candidates, the definition of the distance decides and proves.
 
 The answer is that of the naive search: `distances.exact_paired` for every pair, sorted by (float32 distance, gallery
-id). So it depends neither on block sizes, nor on the order or number of shards, nor on the device. `proposals` proves
-that no neighbor is missed: the error of a score is at most
+id). So it depends neither on block sizes, nor on the order or number of shards, nor on the device or the precision:
 
-    (gamma_(d+1) + 8u) (|q| + max|g|)^2 / 2 + ...,    gamma_n = nu / (1 - nu),  u = 2^-24
+1. One product per pair of blocks gives scores (`products`), and each query keeps a few more candidates than k
+   (`candidates`). Where both blocks ask (`search_within`, `search_both`), one product serves its rows and its columns.
+2. Candidates that the scores' bounds leave in question are rescored by definition.
+3. What was not kept has a score of at least the query's limit. Where the bounds do not prove that this is farther than
+   the k-th nearest candidate, the query is searched again, exhaustively and in float32 (`exhaustive`).
 
-One pass over the gallery serves all queries: gallery blocks outside, query blocks inside. Beyond the arguments and the
-result, memory is O(block_rows^2) for the scores of one pair of blocks and O(block_rows (k + d)), however many pairs are
-proposed, even when all embeddings are equal (then every pair is rescored: slow, but bounded and exact).
+Precision "certified" takes the products in bfloat16 where the hardware has a fast path (else float32): the bounds cover
+that too, so the result is the same. Beyond arguments and results, memory is that of the points of the queries, of one
+pair of blocks, and O(Q k).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from oml_ray.distances import EXACT_CHUNK_ELEMENTS, Distance, check_distance, exact_paired, exact_squares
-from oml_ray.errors import EmbeddingError
+from oml_ray.distances import Distance, check_distance
+from oml_ray.errors import ConfigError, EmbeddingError
+from oml_ray.retrieval import exhaustive
+from oml_ray.retrieval.candidates import TALL, TILE, Candidates, nonzero
 from oml_ray.retrieval.exclusion import excluded_pairs
-from oml_ray.retrieval.neighbors import NO_ID, Neighbors
-from oml_ray.retrieval.proposals import Proposals, true_float32
+from oml_ray.retrieval.neighbors import NO_ID, Neighbors, concatenate
+from oml_ray.retrieval.products import Piece, Products, Reach, fast_precision, true_float32
+from oml_ray.retrieval.rows import Float32Array, Rows, tensor_of
 
-Int64Array = NDArray[np.int64]
-Float32Array = NDArray[np.float32]
+SearchPrecision = Literal["fp32", "certified"]
 
-EMPTY = torch.iinfo(torch.int64).max  # during the search an empty place sorts after every id
-MERGE_WIDTH = 32  # survivors of one query merged at a time, at least
-
-
-@dataclass(frozen=True, eq=False)
-class GalleryBlock:
-    """A bounded piece of the gallery.
-
-    Arguments:
-        ids: int64 (g,), unique over the whole gallery, >= 0.
-        embeddings: float32 (g, d).
-        sequences: int64 (g,), -1 = none; or None when there are none at all.
-    """
-
-    ids: Int64Array
-    embeddings: Float32Array
-    sequences: Int64Array | None = None
+CPU_BLOCK_ROWS = 2048  # a block of scores then stays in the caches between the product and the comparisons
+MARGIN = {"fp32": (1.0, 8), "bf16": (2.0, 16)}  # candidates kept: a multiple of k, and some more
 
 
-def blocks_of(
-    ids: Int64Array, embeddings: Float32Array, sequences: Int64Array | None = None, block_rows: int = 4096
-) -> Iterator[GalleryBlock]:
-    """Cuts a gallery held in arrays (or a memmap, read as it is used) into blocks.
+@dataclass
+class Counter:
+    """How many queries needed the second search."""
 
-    Arguments:
-        ids: int64 (G,). embeddings: float32 (G, d). sequences: int64 (G,) or None.
-        block_rows: rows per block, >= 1.
-
-    Returns:
-        Iterator of GalleryBlock, views of the arguments.
-
-    Example:
-        >>> [len(block.ids) for block in blocks_of(np.arange(5), np.zeros((5, 2), np.float32), block_rows=2)]
-        [2, 2, 1]
-    """
-    for start in range(0, len(ids), block_rows):
-        part = slice(start, start + block_rows)
-        yield GalleryBlock(ids[part], embeddings[part], None if sequences is None else sequences[part])
+    second_searches: int = 0
 
 
 @torch.inference_mode()
 def search(
-    queries: Float32Array,
-    gallery_blocks: Iterable[GalleryBlock],
+    queries: Rows,
+    gallery: Rows,
     k: int,
     *,
-    query_ids: Int64Array,
-    query_sequences: Int64Array | None = None,
     distance: Distance = "euclidean",
+    precision: SearchPrecision = "fp32",
     block_rows: int = 4096,
     device: str | torch.device = "cpu",
+    counter: Counter | None = None,
 ) -> Neighbors:
-    """The k nearest gallery instances of each query, exactly, in one pass over the gallery.
+    """The k nearest gallery instances of each query, exactly.
+
+    A query never retrieves the gallery instance of its own id, nor instances of its own sequence.
 
     Arguments:
-        queries: float32 (Q, d), an array or a memmap; on a CUDA device they are held there.
-        gallery_blocks: the gallery in any order, see `blocks_of`; blocks of more than `block_rows` rows are cut.
+        queries: Q instances; on a CUDA device their embeddings are held there.
+        gallery: G instances, in any order.
         k: neighbors per query, >= 1; may exceed the gallery.
-        query_ids: int64 (Q,), unique: a query never retrieves the gallery instance of its own id.
-        query_sequences: int64 (Q,), -1 = none: nor instances of its own sequence. None = none at all.
         distance: "euclidean" or "cosine".
+        precision: of the first pass, "fp32" or "certified"; never changes the result.
         block_rows: rows of a block of queries and of gallery: bounds memory, never changes the result.
         device: where the products run, e.g. "cpu" or "cuda".
+        counter: is told how many queries needed the second search.
 
     Returns:
         Neighbors with k places, sorted by (float32 distance, gallery id).
 
     Raises:
-        EmbeddingError: k or block_rows < 1; shapes, dtypes or dimensions that do not fit; negative gallery ids;
-            NaN or infinite embeddings. ConfigError: an unknown distance.
+        EmbeddingError: k or block_rows < 1, different dimensions, NaN or infinite embeddings.
+        ConfigError: an unknown distance or precision.
 
     Example:
-        >>> points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
-        >>> search(points, blocks_of(np.arange(3), points), 2, query_ids=np.arange(3)).ids
+        >>> import numpy as np
+        >>> points = Rows(np.arange(3), np.array([[0.0], [1.0], [3.0]], dtype=np.float32))
+        >>> search(points, points, 2).ids
         array([[1, 2],
                [0, 2],
                [1, 0]])
     """
-    if k < 1 or block_rows < 1:
-        raise EmbeddingError(f"search: found k={k} and block_rows={block_rows}; both must be at least 1.")
-    check_distance(distance)
-    _check("queries", query_ids, queries, query_sequences, "d")
-    device = torch.device(device)
-    with true_float32(device):
-        held = _Queries(queries, query_ids, query_sequences, k, distance, block_rows, device)
-        for block in gallery_blocks:
-            _check("gallery", block.ids, block.embeddings, block.sequences, str(queries.shape[1]))
-            if len(block.ids) and block.ids.min() < 0:
-                raise EmbeddingError(f"gallery: found id {block.ids.min()}; ids are table rows, >= 0.")
-            for piece in blocks_of(block.ids, block.embeddings, block.sequences, block_rows):
-                held.visit(piece)
-    return held.neighbors()
+    sweep = _Sweep(queries, gallery, k, distance, precision, block_rows, torch.device(device), counter)
+    with true_float32(sweep.device):
+        return sweep.one_way()
 
 
-class _Queries:
-    """The queries and their k best so far; `visit` shows them one piece of the gallery."""
+@torch.inference_mode()
+def search_both(
+    one: Rows,
+    other: Rows,
+    k: int,
+    *,
+    distance: Distance = "euclidean",
+    precision: SearchPrecision = "fp32",
+    block_rows: int = 4096,
+    device: str | torch.device = "cpu",
+    counter: Counter | None = None,
+    bounds: tuple[Float32Array, Float32Array] | None = None,
+) -> tuple[Neighbors, Neighbors]:
+    """The k nearest of `other` for each of `one` and the reverse, by one set of products.
+
+    Arguments:
+        one, other: instances.
+        k, distance, precision, block_rows, device, counter: as in `search`.
+        bounds: float32 (n,) each, distances beyond which neighbors of `one` and of `other` are of no interest, inf for
+            none: found elsewhere, they spare work.
+
+    Returns:
+        What `search(one, other)` and `search(other, one)` return, but for what lies beyond the bounds.
+
+    Raises:
+        As `search`.
+
+    Example:
+        >>> import numpy as np
+        >>> one = Rows(np.array([0]), np.array([[0.0]], dtype=np.float32))
+        >>> other = Rows(np.array([1, 2]), np.array([[1.0], [3.0]], dtype=np.float32))
+        >>> [found.distances.tolist() for found in search_both(one, other, 1)]
+        [[[1.0]], [[1.0], [3.0]]]
+    """
+    sweep = _Sweep(one, other, k, distance, precision, block_rows, torch.device(device), counter)
+    with true_float32(sweep.device):
+        return sweep.both_ways(bounds)
+
+
+@torch.inference_mode()
+def search_within(
+    rows: Rows,
+    k: int,
+    *,
+    distance: Distance = "euclidean",
+    precision: SearchPrecision = "fp32",
+    block_rows: int = 4096,
+    device: str | torch.device = "cpu",
+    counter: Counter | None = None,
+) -> Neighbors:
+    """The k nearest of all others for each instance, by half the products of `search`.
+
+    Arguments:
+        rows: instances, queries and gallery at once.
+        k, distance, precision, block_rows, device, counter: as in `search`.
+
+    Returns:
+        What `search(rows, rows)` returns.
+
+    Raises:
+        As `search`.
+
+    Example:
+        >>> import numpy as np
+        >>> search_within(Rows(np.arange(3), np.array([[0.0], [1.0], [3.0]], dtype=np.float32)), 1).ids.T
+        array([[1, 0, 1]])
+    """
+    sweep = _Sweep(rows, rows, k, distance, precision, block_rows, torch.device(device), counter)
+    with true_float32(sweep.device):
+        return sweep.within()
+
+
+class _Sweep:
+    """A search: products of all pairs of blocks, then the proof."""
 
     def __init__(
         self,
-        queries: Float32Array,
-        ids: Int64Array,
-        sequences: Int64Array | None,
+        queries: Rows,
+        gallery: Rows,
         k: int,
         distance: Distance,
+        precision: SearchPrecision,
         block_rows: int,
         device: torch.device,
+        counter: Counter | None,
     ) -> None:
-        self.ids, self.sequences, self.k, self.distance, self.device = ids, sequences, k, distance, device
-        self.rows = _tensor(queries, device)
-        self.squares = exact_squares(self.rows)
-        norms = _finite_norms("queries", ids, self.squares)
-        self.blocks = [slice(start, min(start + block_rows, len(ids))) for start in range(0, len(ids), block_rows)]
-        self.proposals = Proposals(self.rows, norms, self.blocks, distance)
-        self.best_distances = torch.full((len(ids), k), torch.inf, device=device)
-        self.best_ids = torch.full((len(ids), k), EMPTY, dtype=torch.int64, device=device)
+        if k < 1 or block_rows < 1:
+            raise EmbeddingError(f"search: found k={k} and block_rows={block_rows}; both must be at least 1.")
+        check_distance(distance)
+        if precision not in get_args(SearchPrecision):
+            allowed = ", ".join(get_args(SearchPrecision))
+            raise ConfigError(f"precision: found {precision!r}; allowed are {allowed}.")
+        if gallery.dim != queries.dim:
+            raise EmbeddingError(
+                f"{queries.name} have {queries.dim} dimensions and {gallery.name} {gallery.dim}: they must be "
+                "embeddings of one extractor."
+            )
+        self.queries, self.gallery, self.k, self.distance, self.device = queries, gallery, k, distance, device
+        self.block_rows, self.counter = block_rows, counter or Counter()
+        self.product_precision = fast_precision(device) if precision == "certified" else "fp32"
+        multiple, more = MARGIN[self.product_precision]
+        self.keep = int(k * multiple) + more
+        self.step = min(block_rows, CPU_BLOCK_ROWS) if device.type == "cpu" else block_rows
 
-    def visit(self, gallery: GalleryBlock) -> None:
-        """Lets at most block_rows gallery rows compete for the places of all queries."""
-        rows, ids = _tensor(gallery.embeddings, self.device), _tensor(gallery.ids, self.device)
-        squares = exact_squares(rows)
-        piece = self.proposals.piece(rows, _finite_norms("gallery", gallery.ids, squares))
-        for b in self.blocks:
-            sequences = None if self.sequences is None else self.sequences[b]
-            near, far = excluded_pairs(self.ids[b], sequences, gallery.ids, gallery.sequences)
-            excluded = _tensor(near, self.device), _tensor(far, self.device)
-            kth = self.best_distances[b, -1]
-            for queries, columns in self.proposals.propose(b, piece, excluded, kth, self.k):
-                distances = self._rescore(queries + b.start, rows, columns, squares)
-                _absorb(self.best_distances[b], self.best_ids[b], queries, distances, ids[columns])
+    def one_way(self) -> Neighbors:
+        """Neighbors of the queries in the gallery."""
+        products = self._products()
+        candidates, reach = Candidates(len(self.queries), self.keep, self.device), Reach()
+        scale = products.scale
+        for g in self.gallery.blocks(self.step):
+            piece = products.piece(*self.gallery.tensors(g, self.device))
+            candidates.rescale((products.scale / scale) ** 2)
+            reach, scale = reach.rescaled(products.scale / scale) | Reach.of(piece.points), products.scale
+            for b in products.blocks:
+                candidates.offer_rows(b, self._scores(products, b, piece, g), g.start)
+        return self._prove(self.queries, self.gallery, candidates, products, reach)
 
-    def _rescore(self, queries: Tensor, rows: Tensor, columns: Tensor, squares: Tensor) -> Tensor:
-        """Distances float32 (pairs,) by definition, of the rows `queries` to the gallery rows `columns`."""
-        distances = torch.empty(len(queries), device=self.device)
-        step = max(1, EXACT_CHUNK_ELEMENTS // rows.shape[1])
-        for start in range(0, len(queries), step):
-            i, j = queries[start : start + step], columns[start : start + step]
-            known = (self.squares[i], squares[j]) if self.distance == "cosine" else None
-            pairs = self.rows.index_select(0, i), rows.index_select(0, j)
-            distances[start : start + step] = exact_paired(*pairs, self.distance, known)
-        return distances
+    def both_ways(self, bounds: tuple[Float32Array, Float32Array] | None) -> tuple[Neighbors, Neighbors]:
+        """Neighbors of the queries in the gallery, and of the gallery in the queries."""
+        norms = self.gallery.norms(self.step, self.device)
+        products = self._products(float(norms.max()) if len(norms) else 0.0)
+        forth = Candidates(len(self.queries), self.keep, self.device)
+        back = Candidates(len(self.gallery), self.keep, self.device)
+        nearest, reach = self._bounds(bounds), Reach()
+        for g in self.gallery.blocks(self.step):
+            piece = products.piece(*self.gallery.tensors(g, self.device))
+            reach |= Reach.of(piece.points)
+            for b in products.blocks:
+                scores = self._scores(products, b, piece, g)
+                forth.offer_rows(b, scores, g.start, nearest and products.above(b, piece, nearest[0][b]))
+                back.offer_columns(g, scores, b.start, nearest and products.above_back(b, piece, nearest[1][g]))
+        found = self._prove(self.queries, self.gallery, forth, products, reach, nearest and nearest[0])
+        return found, self._prove(self.gallery, self.queries, back, products, products.reach(), nearest and nearest[1])
 
-    def neighbors(self) -> Neighbors:
-        counts = (self.best_ids != EMPTY).sum(dim=1)
-        ids = self.best_ids.masked_fill(self.best_ids == EMPTY, NO_ID)
-        return Neighbors(ids.cpu().numpy(), self.best_distances.cpu().numpy(), counts.cpu().numpy())
+    def _bounds(self, bounds: tuple[Float32Array, Float32Array] | None) -> tuple[Tensor, Tensor] | None:
+        if bounds is None:
+            return None
+        return tensor_of(bounds[0], self.device), tensor_of(bounds[1], self.device)
+
+    def within(self) -> Neighbors:
+        """Neighbors of the queries among themselves."""
+        products = self._products()
+        candidates = Candidates(len(self.queries), self.keep, self.device)
+        for i, g in enumerate(products.blocks):
+            piece = products.piece(products.rows[g], products.norms[g])
+            for b in products.blocks[: i + 1]:
+                scores = self._scores(products, b, piece, g)
+                candidates.offer_rows(b, scores, g.start)
+                if b.start != g.start:
+                    candidates.offer_columns(g, scores, b.start)
+        return self._prove(self.queries, self.queries, candidates, products, products.reach())
+
+    def _products(self, largest_norm: float = 0.0) -> Products:
+        rows, norms = self.queries.tensors(slice(0, len(self.queries)), self.device)
+        blocks = self.queries.blocks(self.step)
+        return Products(rows, norms, blocks, self.distance, self.product_precision, largest_norm)
+
+    def _scores(self, products: Products, b: slice, piece: Piece, g: slice) -> Tensor:
+        """Scores of a pair of blocks, inf for what is excluded."""
+        scores = products.product(b, piece, (TALL, TILE))
+        queries, gallery = self.queries.part(b), self.gallery.part(g)
+        near, far = excluded_pairs(queries.ids, queries.sequences, gallery.ids, gallery.sequences)
+        if len(near):
+            scores[tensor_of(near, self.device), tensor_of(far, self.device)] = torch.inf
+        return scores
+
+    def _prove(
+        self,
+        queries: Rows,
+        gallery: Rows,
+        candidates: Candidates,
+        products: Products,
+        reach: Reach,
+        nearest: Tensor | None = None,
+    ) -> Neighbors:
+        """The k nearest among the candidates, and those of a second search where the candidates prove nothing."""
+        if not len(queries) or not len(gallery):
+            shape = (len(queries), self.k)
+            return _neighbors(torch.full(shape, exhaustive.EMPTY), torch.full(shape, torch.inf))
+        found, unproven, bounds = [], [], []
+        for b in queries.blocks(self.step):
+            rows, norms = queries.tensors(b, self.device)
+            points = products.points(rows, norms)
+            scores, positions = candidates.best(b)  # (queries, keep)
+            distances = torch.full_like(scores, torch.inf)
+            taken = torch.isfinite(scores)
+            taken[:, self.k :] = False
+            _rescore(distances, rows, gallery, positions, taken, self.distance)
+            kth = distances[:, : self.k].amax(dim=1)
+            kth = kth if nearest is None else torch.minimum(kth, nearest[b])
+            near = torch.isfinite(scores) & (scores < products.limits(points, reach, kth)[:, None]) & ~taken
+            _rescore(distances, rows, gallery, positions, near, self.distance)
+            ids = tensor_of(gallery.ids[positions.cpu().numpy()], self.device).masked_fill_(
+                ~(taken | near), exhaustive.EMPTY
+            )
+            ids, by_id = ids.sort(dim=1)
+            distances, by_distance = distances.gather(1, by_id).sort(dim=1, stable=True)
+            found.append(_neighbors(ids.gather(1, by_distance)[:, : self.k], distances[:, : self.k]))
+            kth = distances[:, self.k - 1]
+            kth = kth if nearest is None else torch.minimum(kth, nearest[b])
+            doubtful = candidates.limits[b] < products.limits(points, reach, kth)
+            unproven.append(b.start + nonzero(doubtful))
+            bounds.append(kth[doubtful])
+        neighbors, again = concatenate(found), torch.cat(unproven).cpu().numpy()
+        self.counter.second_searches += len(again)
+        if len(again):
+            second = exhaustive.search(
+                queries.select(again),
+                gallery,
+                self.k,
+                distance=self.distance,
+                block_rows=self.block_rows,
+                device=self.device,
+                bounds=torch.cat(bounds),
+            )
+            neighbors.ids[again], neighbors.distances[again] = second.ids, second.distances
+            neighbors.counts[again] = second.counts
+        return neighbors
 
 
-def _absorb(best_distances: Tensor, best_ids: Tensor, rows: Tensor, distances: Tensor, ids: Tensor) -> None:
-    """Merges pairs (p,), sorted by row, into the k best (queries, k), in place; a bounded number per row at a time."""
-    k = best_ids.shape[1]
-    touched, inverse, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-    places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[inverse]  # 0, 1, ... in each row
-    most, width = int(counts.max()) if len(counts) else 0, max(k, MERGE_WIDTH)
-    for layer in range(0, most, width):
-        here = ((places >= layer) & (places < layer + width)).nonzero()[:, 0] if most > width else slice(None)
-        those, where = torch.unique_consecutive(touched[inverse[here]], return_inverse=True)
-        shape = (len(those), min(width, most - layer))
-        new_distances = torch.full(shape, torch.inf, device=rows.device)
-        new_ids = torch.full(shape, EMPTY, dtype=torch.int64, device=rows.device)
-        new_distances[where, places[here] - layer] = distances[here]
-        new_ids[where, places[here] - layer] = ids[here]
-        # by id, then stably by distance  # (those, k + new)
-        merged_ids, by_id = torch.cat([best_ids[those], new_ids], dim=1).sort(dim=1)
-        merged_distances = torch.cat([best_distances[those], new_distances], dim=1).gather(1, by_id)
-        merged_distances, by_distance = merged_distances.sort(dim=1, stable=True)
-        best_distances[those] = merged_distances[:, :k]
-        best_ids[those] = merged_ids.gather(1, by_distance[:, :k])
+def _rescore(
+    distances: Tensor, rows: Tensor, gallery: Rows, positions: Tensor, wanted: Tensor, distance: Distance
+) -> None:
+    """Writes distances float32 (queries, keep) of the wanted candidates, by definition."""
+    flat = nonzero(wanted)
+    queries, items = flat // wanted.shape[1], positions.view(-1)[flat]
+    distances.view(-1)[flat] = exhaustive.rescored(rows, queries, gallery, items, distance)
 
 
-def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The array on the device; on the CPU a view, of read-only memory too (memmaps, Ray's objects): it is only read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _finite_norms(name: str, ids: Int64Array, squares: Tensor) -> Tensor:
-    """Norms, float64 (n,), which are finite exactly when the float32 embeddings are."""
-    bad = ~torch.isfinite(squares).cpu().numpy()
-    if bad.any():
-        raise EmbeddingError(
-            f"{name}: {bad.sum()} embeddings contain NaN or infinity, first of ids {ids[bad][:5].tolist()}; embeddings "
-            "must be finite: look at the model's outputs for these images."
-        )
-    return squares.sqrt()
-
-
-def _check(name: str, ids: Int64Array, embeddings: Float32Array, sequences: Int64Array | None, dimension: str) -> None:
-    fits = embeddings.ndim == 2 and embeddings.dtype == np.float32 and embeddings.shape[1] > 0
-    fits = fits and dimension in ("d", str(embeddings.shape[1]))
-    fits = fits and ids.shape == embeddings.shape[:1] and ids.dtype == np.int64
-    if not fits or (sequences is not None and (sequences.shape != ids.shape or sequences.dtype != np.int64)):
-        found = f"embeddings {embeddings.dtype} {embeddings.shape}, ids {ids.dtype} {ids.shape}"
-        found += "" if sequences is None else f", sequences {sequences.dtype} {sequences.shape}"
-        allowed = f"embeddings float32 (rows, {dimension}), ids and sequences int64 (rows,)"
-        raise EmbeddingError(f"{name}: found {found}; allowed are {allowed}.")
+def _neighbors(ids: Tensor, distances: Tensor) -> Neighbors:
+    """Neighbors of ids (queries, k), EMPTY in places that are not filled, and float32 distances."""
+    counts = (ids != exhaustive.EMPTY).sum(dim=1)
+    ids = ids.masked_fill(ids == exhaustive.EMPTY, NO_ID)
+    return Neighbors(ids.cpu().numpy(), distances.cpu().numpy(), counts.cpu().numpy())

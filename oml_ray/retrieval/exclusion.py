@@ -33,12 +33,17 @@ def excluded_pairs(
     """
     _check(query_ids, query_sequences, "query")
     _check(gallery_ids, gallery_sequences, "gallery")
-    id_rows, id_columns = _equal_pairs(query_ids, gallery_ids)
+    if not len(query_ids) or not len(gallery_ids):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    if query_ids.max() < gallery_ids.min() or gallery_ids.max() < query_ids.min():  # as blocks of ordered ids mostly
+        id_rows, id_columns = np.empty(0, np.int64), np.empty(0, np.int64)
+    else:
+        id_rows, id_columns = equal_pairs(query_ids, gallery_ids)
     if query_sequences is None or gallery_sequences is None:
         return id_rows, id_columns
     (rows_held,) = np.nonzero(query_sequences >= 0)
     (columns_held,) = np.nonzero(gallery_sequences >= 0)
-    rows, columns = _equal_pairs(query_sequences[rows_held], gallery_sequences[columns_held])
+    rows, columns = equal_pairs(query_sequences[rows_held], gallery_sequences[columns_held])
     sequence = query_sequences[id_rows]
     alone = (sequence < 0) | (sequence != gallery_sequences[id_columns])  # not already in through its sequence
     rows = np.concatenate([rows_held[rows], id_rows[alone]])
@@ -81,7 +86,7 @@ def ground_truth_counts(
         _check(ids, labels, name, what="labels")
         _check(ids, sequences, name)
     counts = _occurrences(query_labels, gallery_labels)
-    rows, columns = _equal_pairs(query_ids, gallery_ids)
+    rows, columns = equal_pairs(query_ids, gallery_ids)
     itself = query_labels[rows] == gallery_labels[columns]
     if query_sequences is not None and gallery_sequences is not None:
         held = query_sequences >= 0
@@ -92,7 +97,7 @@ def ground_truth_counts(
     return counts
 
 
-def _equal_pairs(queries: Int64Array, gallery: Int64Array) -> tuple[Int64Array, Int64Array]:
+def equal_pairs(queries: Int64Array, gallery: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Positions (row, column) of all pairs of equal values, sorted by row."""
     order = np.argsort(gallery, kind="stable")
     ordered = gallery[order]

@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 BAD_IMAGES = b"oml_ray.bad_images"
 
 Embeddings = NDArray[np.float32]
+Kept = NDArray[np.float32] | NDArray[np.float16]
 Ids = NDArray[np.int64]
 
 
@@ -41,6 +42,8 @@ class Manifest:
     """Fingerprint of the table."""
     split: str
     """Part of the table."""
+    dtype: str = "float32"
+    """How embeddings are kept: float32 or float16."""
 
     @property
     def num_parts(self) -> int:
@@ -86,17 +89,40 @@ class Store:
                 f"The store {self.path} was made by something else: {'; '.join(differing)}. "
                 "Choose another run.name, or replace it with run.resume: never."
             )
+        return self._missing(manifest)
+
+    def whole(self) -> Manifest:
+        """The manifest of a store that is there, and whole.
+
+        Raises:
+            EmbeddingError: there is no store, or parts are missing.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise EmbeddingError(
+                f"{self.path} is no embeddings store: it has no {MANIFEST}. Run `oml-ray embed` first."
+            )
+        missing = self._missing(manifest)
+        if missing:
+            first = ", ".join(map(part_name, missing[:3]))
+            raise EmbeddingError(
+                f"The store {self.path} is not whole: {len(missing)} of {manifest.num_parts} parts are missing ({first}"
+                f"{', ...' if len(missing) > 3 else ''}). Run `oml-ray embed` again: it embeds what is missing."
+            )
+        return manifest
+
+    def _missing(self, manifest: Manifest) -> list[int]:
         selector = pyarrow.fs.FileSelector(self.path)
         present = {info.base_name for info in self.filesystem.get_file_info(selector)}
         return [part for part in range(manifest.num_parts) if part_name(part) not in present]
 
-    def write_part(self, part: int, columns: Mapping[str, Any], embeddings: Embeddings, bad: Mapping[int, str]) -> None:
+    def write_part(self, part: int, columns: Mapping[str, Any], embeddings: Kept, bad: Mapping[int, str]) -> None:
         """Write one part, whole or not at all.
 
         Args:
             part: its number.
             columns: arrays of one length n, `id` among them.
-            embeddings: float32 (n, D).
+            embeddings: float32 or float16 (n, D).
             bad: row id -> reason of the rows that were left out.
 
         Raises:
@@ -107,7 +133,8 @@ class Store:
             rows = np.asarray(columns["id"])[~finite]
             raise EmbeddingError(
                 f"The extractor gave NaN or infinite embeddings for {len(rows)} row(s), first: {rows[:5].tolist()}: "
-                "its weights are broken, or the run diverged."
+                "its weights are broken, the run diverged"
+                + (", or they exceed float16 (evaluation.embed.dtype)." if embeddings.dtype == np.float16 else ".")
             )
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
         table = pa.table({**columns, "embedding": vectors})

@@ -6,7 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from timm.models import group_parameters
@@ -16,6 +17,7 @@ from oml_ray.errors import ConfigError, reason_of
 from oml_ray.learning.learner import Learner
 
 Factor = Callable[[int], float]
+T = TypeVar("T")
 
 
 def build_optimizer(
@@ -63,18 +65,11 @@ def build_optimizer(
             f"optimizer.name: {name!r} is not an optimizer of torch; allowed: {', '.join(sorted(kinds))}."
         )
     kind = kinds[name.lower()]
-    allowed = set(inspect.signature(kind).parameters) - {"params", "lr", "weight_decay"}
     rates = {"lr": lr, "weight_decay": weight_decay}
     if "weight_decay" not in inspect.signature(kind).parameters:
         if weight_decay:
             raise ConfigError(f"optimizer.weight_decay: {kind.__name__} has none: set it to 0.0.")
         del rates["weight_decay"]
-    unknown = sorted(set(options or {}) - allowed)
-    if unknown:
-        raise ConfigError(
-            f"optimizer.options: {kind.__name__} does not take {', '.join(unknown)}; "
-            f"allowed: {', '.join(sorted(allowed))}."
-        )
     exempt = not decay_norm_and_bias and weight_decay > 0
     pooling_and_projection = nn.ModuleList([learner.extractor.pooling or nn.Identity(), learner.extractor.projection])
     groups = [
@@ -82,11 +77,32 @@ def build_optimizer(
         *_groups(pooling_and_projection, lr if projection_lr is None else projection_lr, exempt),
         *_groups(learner.criterion, lr if criterion_lr is None else criterion_lr, exempt),
     ]
+    make: Callable[..., torch.optim.Optimizer] = partial(kind, groups)
+    return make_checked(make, kind.__name__, rates, options or {})
+
+
+def make_checked(make: Callable[..., T], name: str, rates: Mapping[str, float], options: Mapping[str, Any]) -> T:
+    """Make an optimizer that a config asks for.
+
+    Args:
+        make: takes the rates and the options by name.
+        name: how messages call it.
+        rates: what the config has keys of its own for: lr, weight_decay.
+        options: further arguments, of the user's choice.
+
+    Raises:
+        ConfigError: options that it does not take, or arguments that it refuses.
+    """
+    allowed = sorted(set(inspect.signature(make).parameters) - {"lr", "weight_decay"})
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ConfigError(
+            f"optimizer.options: {name} does not take {', '.join(unknown)}; allowed: {', '.join(allowed)}."
+        )
     try:
-        optimizer: torch.optim.Optimizer = kind(groups, **{**rates, **(options or {})})
+        return make(**rates, **options)
     except Exception as error:  # each optimizer checks in its own way
-        raise ConfigError(f"optimizer: {kind.__name__} refuses its arguments: {reason_of(error)}.") from None
-    return optimizer
+        raise ConfigError(f"optimizer: {name} refuses its arguments: {reason_of(error).rstrip('.')}.") from None
 
 
 def _groups(module: nn.Module, lr: float, exempt: bool, layer_decay: float | None = None) -> list[dict[str, Any]]:

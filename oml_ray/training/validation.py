@@ -8,7 +8,7 @@ the number of ranks (but for what the extractor itself rounds differently).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from oml_ray.retrieval import exact
 from oml_ray.retrieval.exclusion import ground_truth_counts
 from oml_ray.retrieval.metrics import per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
+from oml_ray.retrieval.rows import Rows
 from oml_ray.training.context import Context, contiguous_share
 
 
@@ -93,6 +94,8 @@ class Validator:
         k = max(rank for ranks in self.metrics.values() for rank in ranks)
         own_queries = np.flatnonzero(self.table.is_query[ids])
         own_gallery = np.flatnonzero(self.table.is_gallery[ids])
+        sequences = self.table.sequences
+        gallery = Rows(ids[own_gallery], embeddings, sequences[ids[own_gallery]], own_gallery)
         answers = []
         for owner, size in enumerate(_all_objects(len(own_queries), context)):
             for start in range(0, size, self.block_rows):
@@ -101,23 +104,15 @@ class Validator:
                 queries = _from_owner(torch.from_numpy(embeddings[rows]), (stop - start, dim), owner, context)
                 query_ids = _from_owner(torch.from_numpy(ids[rows]), (stop - start,), owner, context).numpy()
                 found = exact.search(
-                    queries.numpy(),
-                    self._blocks(ids, embeddings, own_gallery),
+                    Rows(query_ids, queries.numpy(), sequences[query_ids], name="queries"),
+                    gallery,
                     k,
-                    query_ids=query_ids,
-                    query_sequences=self.table.sequences[query_ids],
                     distance=self.distance,
                     block_rows=self.block_rows,
                     device=context.device,
                 )
                 answers.append(merge(_all_neighbors(found, context), k))
         return concatenate(answers)
-
-    def _blocks(self, ids: Ids, embeddings: NDArray[np.float32], rows: Ids) -> Iterator[exact.GalleryBlock]:
-        """Blocks of this rank's gallery, each read from the file when the search comes to it."""
-        for start in range(0, len(rows), self.block_rows):
-            block = rows[start : start + self.block_rows]
-            yield exact.GalleryBlock(ids[block], embeddings[block], self.table.sequences[ids[block]])
 
 
 def _all_objects(item: object, context: Context) -> list:  # type: ignore[type-arg]

@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow.fs
 import pytest
-import ray
 import torch
 import yaml
 from helpers import train_config, write_images
 
 from oml_ray import build
 from oml_ray.cli import main
-from oml_ray.config import EmbedConfig, TrainConfig, nodes, validate
+from oml_ray.config import EmbedConfig, TrainConfig, validate
 from oml_ray.data.table import read_table
 from oml_ray.distributed import embed
-from oml_ray.distributed.gallery import GalleryPool
-from oml_ray.retrieval import exact
 from oml_ray.retrieval.store import Manifest, Store, embeddings_of
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.checkpoint import Checkpoint, Position
@@ -63,7 +60,7 @@ def test_every_row_is_embedded_once_as_the_bare_extractor_does(embedded: Path, s
     table = read_table(str(small_table))
     assert ids.tolist() == table.validation_ids.tolist()
     config = validate(EmbedConfig, yaml.safe_load((embedded / "run" / "config.yaml").read_text()), "config")
-    extractor, transform = embed.source(config)
+    extractor, transform = embed.extractor_of(config.source, config.seed)
     batch = build.evaluation_loader(config.data, table, transform).load(table.validation_ids)
     with torch.no_grad():
         expected = extractor.eval()(torch.from_numpy(batch.images)).numpy()
@@ -127,37 +124,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     error = capsys.readouterr().err
     assert "is of another architecture than test_vit" in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("shards", [1, 2, 3])
-def test_shards_answer_as_one_search_does(embedded: Path, small_table: Path, shards: int) -> None:
-    store, manifest, ids, embeddings = read_store(embedded / "run")
-    table = read_table(str(small_table))
-    gallery = nodes.Gallery(shards=shards, block_rows=5)
-    pool = GalleryPool(store, manifest, ids, table.sequences[ids], gallery, use_gpu=False)
-    try:
-        blocks = [(embeddings[start : start + 4], ids[start : start + 4]) for start in range(0, len(ids), 4)]
-        asked = ((queries, block, table.sequences[block]) for queries, block in blocks)
-        answers = list(pool.search(asked, 6))
-    finally:
-        pool.close()
-    expected = exact.search(embeddings, exact.blocks_of(ids, embeddings), 6, query_ids=ids)
-    for (_, block), (answered, _) in zip(blocks, answers, strict=True):
-        np.testing.assert_array_equal(block, answered)
-    np.testing.assert_array_equal(np.concatenate([found.ids for _, found in answers]), expected.ids)
-    np.testing.assert_array_equal(np.concatenate([found.distances for _, found in answers]), expected.distances)
-
-
-def test_a_shard_that_dies_is_rebuilt_and_asked_again(embedded: Path, small_table: Path) -> None:
-    store, manifest, ids, embeddings = read_store(embedded / "run")
-    pool = GalleryPool(store, manifest, ids, np.full(len(ids), -1), nodes.Gallery(shards=2), use_gpu=False)
-    try:
-        before = list(pool.search(iter([(embeddings, ids, np.full(len(ids), -1))]), 4))
-        ray.kill(pool.shards[0], no_restart=False)
-        after = list(pool.search(iter([(embeddings, ids, np.full(len(ids), -1))]), 4))
-    finally:
-        pool.close()
-    np.testing.assert_array_equal(before[0][1].ids, after[0][1].ids)
 
 
 def test_evaluate_reports(small_table: Path, tmp_path: Path) -> None:

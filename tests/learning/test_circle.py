@@ -64,7 +64,7 @@ def test_without_positives_or_negatives_there_is_nothing_to_learn(labels: list[i
     ("arguments", "message"),
     [
         ({"margin": 1.0}, r"margin must be within \(-1, 1\), found 1.0"),
-        ({"scale": 0.0}, "scale must be above 0, found 0.0"),
+        ({"scale": 0.0}, "scale must be above 0 and finite, found 0.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:

@@ -57,9 +57,9 @@ def test_batches_at_the_edge_have_finite_gradients() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"positive_margin": -0.1}, "positive_margin must be at least 0, found -0.1"),
-        ({"negative_margin": 0.0}, "negative_margin must be above 0, found 0.0"),
-        ({"negative_margin": math.nan}, "negative_margin must be above 0, found nan"),
+        ({"positive_margin": -0.1}, "positive_margin must be at least 0 and finite, found -0.1"),
+        ({"negative_margin": 0.0}, "negative_margin must be above 0 and finite, found 0.0"),
+        ({"negative_margin": math.nan}, "negative_margin must be above 0 and finite, found nan"),
     ],
 )
 def test_margins_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:

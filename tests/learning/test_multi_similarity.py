@@ -36,8 +36,8 @@ def test_batches_at_the_edge_have_finite_gradients(beta: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": 0.0}, "alpha must be above 0, found 0.0"),
-        ({"beta": -1.0}, "beta must be above 0, found -1.0"),
+        ({"alpha": 0.0}, "alpha must be above 0 and finite, found 0.0"),
+        ({"beta": -1.0}, "beta must be above 0 and finite, found -1.0"),
         ({"base": 1.5}, r"base must be within \[-1, 1\], found 1.5"),
     ],
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,30 +164,12 @@ Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+def results(tmp_path_factory: pytest.TempPathFactory, processes: Callable[..., None]) -> dict[int, Results]:
     """What each world size has found, its ranks' rows put together, and checked to be equal elsewhere."""
     folder = tmp_path_factory.mktemp("sharded")
     found: dict[int, Results] = {}
     for world_size in (2, 3):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world_size), str(folder)],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            for worker in workers:
-                _, errors = worker.communicate(timeout=200)
-                assert worker.returncode == 0, errors[-3000:]
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-                worker.stderr.close()  # type: ignore[union-attr]
+        processes(__file__, world_size, folder)
         ranks = [torch.load(folder / f"{world_size}_{rank}.pt") for rank in range(world_size)]
         found[world_size] = {name: joined([rank[name] for rank in ranks]) for name in ranks[0]}
     found[1] = everything(0, 1, folder)

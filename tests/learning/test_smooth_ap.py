@@ -70,5 +70,5 @@ def test_without_positives_or_negatives_there_is_nothing_to_learn(labels: list[i
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_temperature_not_above_zero_is_refused(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature must be above 0, found"):
+    with pytest.raises(ValueError, match="temperature must be above 0 and finite, found"):
         SmoothAPLoss(temperature)

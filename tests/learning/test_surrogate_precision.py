@@ -79,8 +79,8 @@ def test_without_positives_or_negatives_there_is_nothing_to_learn(labels: list[i
     ("arguments", "message"),
     [
         ({"k": 0}, "k must be at least 1, found 0"),
-        ({"cutoff_temperature": 0.0}, "cutoff_temperature must be above 0, found 0.0"),
-        ({"rank_temperature": -1.0}, "rank_temperature must be above 0, found -1.0"),
+        ({"cutoff_temperature": 0.0}, "cutoff_temperature must be above 0 and finite, found 0.0"),
+        ({"rank_temperature": -1.0}, "rank_temperature must be above 0 and finite, found -1.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:

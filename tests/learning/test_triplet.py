@@ -8,19 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oml_ray.learning.losses import chosen_distances
 from oml_ray.learning.losses.triplet import TripletLoss
-from oml_ray.learning.miners import AllTriplets, HardClusterTriplets, HardTriplets
+from oml_ray.learning.miners import AllTriplets, HardClusterTriplets, HardTriplets, Miner, NHardTriplets
 from oml_ray.learning.pairs import Memory
 
+MINERS: dict[str, tuple[Miner, slice, slice]] = {  # and what they take of positives and negatives, the hardest first
+    "all": (AllTriplets(), slice(None), slice(None)),
+    "hard": (HardTriplets(), slice(1), slice(1)),
+    "n_hard": (NHardTriplets(2, (2, 4)), slice(2), slice(1, 4)),
+    "beyond": (NHardTriplets((1, 99), (99, 99)), slice(99), slice(98, 99)),
+}
 
-def naive(embeddings: np.ndarray, labels: np.ndarray, margin: float | None, hard: bool) -> float:
+
+def naive(embeddings: np.ndarray, labels: np.ndarray, size: int, margin: float | None, miner: str) -> float:
+    """Loss of the first `size` as anchors; the rest is the memory."""
+    _, of_positives, of_negatives = MINERS[miner]
     losses = []
-    for a in range(len(labels)):
+    for a in range(size):
         d = [math.dist(embeddings[a], other) for other in embeddings]
-        positives = [d[i] for i in range(len(labels)) if i != a and labels[i] == labels[a]]
-        negatives = [d[i] for i in range(len(labels)) if labels[i] != labels[a]]
-        if hard and positives and negatives:
-            positives, negatives = [max(positives)], [min(negatives)]
+        positives = sorted([d[i] for i in range(len(d)) if i != a and labels[i] == labels[a]], reverse=True)
+        negatives = sorted([d[i] for i in range(len(d)) if labels[i] != labels[a]])
+        positives, negatives = positives[of_positives], negatives[of_negatives]
         for p in positives:
             for n in negatives:
                 losses.append(math.log1p(math.exp(p - n)) if margin is None else max(0.0, margin + p - n))
@@ -32,41 +41,83 @@ def naive(embeddings: np.ndarray, labels: np.ndarray, margin: float | None, hard
     st.lists(st.integers(0, 3), min_size=2, max_size=10),
     st.integers(0, 9999),
     st.sampled_from([None, 0.2, 1.5]),
+    st.sampled_from(sorted(MINERS)),
+    st.integers(0, 4),
     st.booleans(),
 )
 def test_value_and_gradient_equal_the_naive_loss(
-    labels: list[int], seed: int, margin: float | None, hard: bool
+    labels: list[int], seed: int, margin: float | None, miner: str, earlier: int, few: bool
 ) -> None:
+    size = max(2, len(labels) - earlier)
     embeddings = np.random.default_rng(seed).normal(size=(len(labels), 3))
-    criterion = TripletLoss(HardTriplets() if hard else AllTriplets(), margin=margin)
-    tensor = torch.tensor(embeddings, requires_grad=True)
-    loss, _ = criterion(tensor, torch.tensor(labels))
-    assert float(loss.detach()) == pytest.approx(naive(embeddings, np.array(labels), margin, hard), abs=1e-12)
-    loss.backward()
+    tensor, other_labels = torch.tensor(embeddings[:size], requires_grad=True), torch.tensor(labels)
+    memory = Memory(torch.tensor(embeddings[size:]), other_labels[size:]) if size < len(labels) else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chosen_distances, "FEW", 99 if few else 0)  # of both ways
+        loss, _ = TripletLoss(MINERS[miner][0], margin=margin)(tensor, other_labels[:size], memory)
+        loss.backward()
+    assert float(loss.detach()) == pytest.approx(naive(embeddings, np.array(labels), size, margin, miner), abs=1e-12)
     step = 1e-6
     for index in np.ndindex(2, 3):  # the first two embeddings are enough
         plus, minus = embeddings.copy(), embeddings.copy()
         plus[index] += step
         minus[index] -= step
-        slope = (naive(plus, np.array(labels), margin, hard) - naive(minus, np.array(labels), margin, hard)) / (
-            2 * step
-        )
+        rise = naive(plus, np.array(labels), size, margin, miner) - naive(minus, np.array(labels), size, margin, miner)
+        slope = rise / (2 * step)
         assert float(tensor.grad[index]) == pytest.approx(slope, abs=1e-6)
 
 
-def test_a_batch_without_triplets_has_zero_loss_and_gradients() -> None:
+@pytest.mark.parametrize("miner", sorted(MINERS))
+@pytest.mark.parametrize("margin", [0.2, None])
+@pytest.mark.parametrize("labels", [[1, 1, 1, 1], [1, 2, 3, 4]])
+def test_a_batch_without_triplets_has_zero_loss_and_gradients(
+    miner: str, margin: float | None, labels: list[int]
+) -> None:
     embeddings = torch.randn(4, 2, requires_grad=True)
-    loss, logs = TripletLoss(HardTriplets(), margin=0.2)(embeddings, torch.tensor([1, 1, 1, 1]))
+    loss, logs = TripletLoss(MINERS[miner][0], margin=margin)(embeddings, torch.tensor(labels))
     loss.backward()
     assert loss == 0
-    assert all(value == 0 for value in logs.values())
+    assert logs["active_triplets"] == 0
+    assert all(torch.isfinite(value) for value in logs.values())
     assert embeddings.grad is not None
     assert (embeddings.grad == 0).all()
 
 
-def test_equal_embeddings_have_finite_gradients() -> None:
+def test_embeddings_that_are_no_numbers_show_in_the_loss() -> None:
+    for miner in (AllTriplets(), NHardTriplets(2, 2)):
+        for margin in (0.2, None):
+            embeddings = torch.randn(6, 2).index_fill_(0, torch.tensor([1]), torch.nan)
+            loss, _ = TripletLoss(miner, margin=margin)(embeddings, torch.arange(6) // 2)
+            assert torch.isnan(loss)
+
+
+@pytest.mark.parametrize("miner", ["hard", "n_hard"])
+@pytest.mark.parametrize("margin", [0.2, None])
+def test_nothing_waits_for_the_device(miner: str, margin: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without data have no value or shape of theirs to wait for."""
+    monkeypatch.setattr(chosen_distances, "FEW", 99)
+    embeddings = torch.randn(6, 2, device="meta", requires_grad=True)
+    loss, _ = TripletLoss(MINERS[miner][0], margin=margin)(embeddings, torch.zeros(6, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.shape == ()
+
+
+def test_what_came_from_the_bank_is_counted() -> None:
+    """Positives lie at distance 1, negatives at 3 and 5 from one anchor, 4 and 4 from the other; 5 is in the batch."""
+    memory = Memory(torch.tensor([[1.0], [6.0], [-3.0], [9.0]]), torch.tensor([0, 1, 2, 2]))
+    miner = NHardTriplets(2, 2)
+    loss, logs = TripletLoss(miner, margin=1.0)(torch.tensor([[0.0], [5.0]]), torch.tensor([0, 1]), memory)
+    assert {name: float(value) for name, value in logs.items()} == {
+        "distance_positive": 1.0, "distance_negative": 4.0, "active_triplets": 0.0,
+        "positives_from_bank": 1.0, "negatives_from_bank": 0.75,
+    }  # fmt: skip
+    assert loss == 0
+
+
+@pytest.mark.parametrize("miner", ["all", "n_hard"])
+def test_equal_embeddings_have_finite_gradients(miner: str) -> None:
     embeddings = torch.ones(4, 2, requires_grad=True)
-    loss, logs = TripletLoss(AllTriplets(), margin=0.2)(embeddings, torch.tensor([0, 0, 1, 1]))
+    loss, logs = TripletLoss(MINERS[miner][0], margin=0.2)(embeddings, torch.tensor([0, 0, 1, 1]))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.2)
     assert logs["active_triplets"] == 1

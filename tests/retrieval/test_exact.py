@@ -8,27 +8,36 @@ from hypothesis import strategies as st
 
 from oml_ray.distances import exact_paired
 from oml_ray.errors import ConfigError, EmbeddingError
-from oml_ray.retrieval import exact, proposals
-from oml_ray.retrieval.exact import GalleryBlock, blocks_of, search
+from oml_ray.retrieval import candidates, exact, exhaustive
+from oml_ray.retrieval.exact import Counter, search, search_both, search_within
 from oml_ray.retrieval.neighbors import Neighbors, merge
+from oml_ray.retrieval.rows import Rows
+
+PRECISIONS = ["fp32", "certified"]
+
+
+@pytest.fixture(autouse=True)
+def _products_in_bfloat16(monkeypatch):
+    """Certified searches take them on every machine, also where they are slow."""
+    monkeypatch.setattr(exact, "fast_precision", lambda _: "bf16")
 
 
 def naive(queries, query_ids, query_sequences, gallery, gallery_ids, gallery_sequences, k, distance) -> Neighbors:
-    """Every pair by the definition, one at a time; sorted as Python sorts (distance, id)."""
+    """Every pair by the definition; sorted as Python sorts (distance, id)."""
     ids = np.full((len(queries), k), -1, dtype=np.int64)
     distances = np.full((len(queries), k), np.inf, dtype=np.float32)
     counts = np.zeros(len(queries), dtype=np.int64)
     for q, query in enumerate(queries):
         found = []
-        for g, instance in enumerate(gallery):
+        values = exact_paired(torch.tensor(query).expand(len(gallery), -1), torch.tensor(gallery), distance).tolist()
+        for g, value in enumerate(values):
             in_sequence = (
                 query_sequences is not None
                 and gallery_sequences is not None
                 and query_sequences[q] == gallery_sequences[g] >= 0
             )
             if query_ids[q] != gallery_ids[g] and not in_sequence:
-                pair = torch.tensor(query)[None], torch.tensor(instance)[None]
-                found.append((exact_paired(*pair, distance).item(), int(gallery_ids[g])))
+                found.append((value, int(gallery_ids[g])))
         found = sorted(found)[:k]
         counts[q] = len(found)
         for place, (value, instance_id) in enumerate(found):
@@ -60,7 +69,7 @@ def embeddings(kind: str, rng: np.random.Generator, rows: int, dimension: int) -
 KINDS = ["integers", "unit", "collapsed", "huge", "overflowing", "tiny", "denormal", "mixed", "nearly tied", "sparse"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(KINDS),
@@ -72,10 +81,10 @@ KINDS = ["integers", "unit", "collapsed", "huge", "overflowing", "tiny", "denorm
     sequences=st.sampled_from([None, 1, 4]),
     num_shards=st.sampled_from([1, 2, 3]),
     block_rows=st.sampled_from([1, 3, 8, 100]),
-    gallery_rows=st.sampled_from([1, 5, 64]),
+    precision=st.sampled_from(PRECISIONS),
 )
 def test_equals_the_naive_definition(
-    seed, kind, num_queries, num_gallery, dimension, k, distance, sequences, num_shards, block_rows, gallery_rows
+    seed, kind, num_queries, num_gallery, dimension, k, distance, sequences, num_shards, block_rows, precision
 ):
     rng = np.random.default_rng(seed)
     rows = embeddings(kind, rng, num_queries + num_gallery, dimension)
@@ -88,16 +97,32 @@ def test_equals_the_naive_definition(
     query_sequences, gallery_sequences = (
         None if sequences is None else rng.integers(-1, sequences, len(part)) for part in (queries, gallery)
     )
+    asking = Rows(query_ids, queries, query_sequences, name="queries")
+    options = {"distance": distance, "block_rows": block_rows, "precision": precision}
     shard_of = rng.integers(0, num_shards, num_gallery)
     found = []
     for shard in range(num_shards):
-        part = shard_of == shard
-        part_sequences = None if gallery_sequences is None else gallery_sequences[part]
-        blocks = blocks_of(gallery_ids[part], gallery[part], part_sequences, gallery_rows)
-        options = {"query_ids": query_ids, "query_sequences": query_sequences}
-        found.append(search(queries, blocks, k, **options, distance=distance, block_rows=block_rows))
+        (places,) = np.nonzero(shard_of == shard)
+        part_sequences = None if gallery_sequences is None else gallery_sequences[places]
+        found.append(search(asking, Rows(gallery_ids[places], gallery, part_sequences, places), k, **options))
     expected = naive(queries, query_ids, query_sequences, gallery, gallery_ids, gallery_sequences, k, distance)
     assert_equal(merge(found, k), expected)
+    asked = Rows(gallery_ids, gallery, gallery_sequences)
+    forth, back = search_both(asking, asked, k, **options)
+    assert_equal(forth, expected)
+    assert_equal(back, naive(gallery, gallery_ids, gallery_sequences, queries, query_ids, query_sequences, k, distance))
+    # with what another search has found, only nearer ones are asked for
+    bounds = (rng.choice(expected.distances[:, -1:].ravel(), num_queries) if num_queries else np.zeros(0)).astype(
+        np.float32
+    )
+    nearest = bounds, np.full(num_gallery, np.inf, np.float32)
+    bounded, back = search_both(asking, asked, k, **options, bounds=nearest)
+    for q in range(num_queries):
+        sure = expected.distances[q] <= bounds[q]
+        sure[expected.counts[q] :] = False
+        np.testing.assert_array_equal(bounded.ids[q][: sure.sum()], expected.ids[q][sure])
+    among = naive(gallery, gallery_ids, gallery_sequences, gallery, gallery_ids, gallery_sequences, k, distance)
+    assert_equal(search_within(asked, k, **options), among)
 
 
 def whole(queries: np.ndarray, gallery: np.ndarray, k: int, distance: str) -> Neighbors:
@@ -114,67 +139,75 @@ def whole(queries: np.ndarray, gallery: np.ndarray, k: int, distance: str) -> Ne
 def test_many_rows_whatever_the_blocks(kind, distance):
     rng = np.random.default_rng(5)
     queries, gallery = embeddings(kind, rng, 60, 64), embeddings(kind, rng, 1500, 64)
-    query_ids = np.arange(10_000, 10_060)
+    asking = Rows(np.arange(10_000, 10_060), queries)
     expected = whole(queries, gallery, 10, distance)
     order = rng.permutation(1500)
     for block_rows in (1500, 400, 90):
-        blocks = blocks_of(order, gallery[order], None, block_rows)
-        assert_equal(
-            search(queries, blocks, 10, query_ids=query_ids, distance=distance, block_rows=block_rows), expected
-        )
+        for precision in PRECISIONS:
+            found = search(
+                asking,
+                Rows(order, gallery[order]),
+                10,
+                distance=distance,
+                block_rows=block_rows,
+                precision=precision,
+            )
+            assert_equal(found, expected)
 
 
-def test_all_embeddings_equal_in_bounded_portions(monkeypatch):
-    monkeypatch.setattr(proposals, "PAIRS_AT_ONCE", 128)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_embeddings_equal_in_bounded_portions(monkeypatch, precision):
+    monkeypatch.setattr(exhaustive, "PAIRS_AT_ONCE", 128)
+    monkeypatch.setattr(candidates, "PAIRS_AT_ONCE", 128)
     portions = []
-    absorb = exact._absorb
-    monkeypatch.setattr(exact, "_absorb", lambda *arguments: (portions.append(len(arguments[2])), absorb(*arguments)))
-    ids = np.arange(300)
-    found = search(np.ones((300, 4), np.float32), blocks_of(ids, np.ones((300, 4), np.float32)), 3, query_ids=ids)
+    absorb = exhaustive._absorb
+    monkeypatch.setattr(
+        exhaustive, "_absorb", lambda *arguments: (portions.append(len(arguments[2])), absorb(*arguments))
+    )
+    counter = Counter()
+    rows = Rows(np.arange(300), np.ones((300, 4), np.float32))
+    found = search_within(rows, 3, precision=precision, counter=counter)
     assert found.ids[:5].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2]]
     assert (found.distances == 0).all()
     assert max(portions) <= 128
+    assert counter.second_searches == 300  # no score proves anything here
 
 
-def test_collapsed_embeddings_are_still_told_apart(monkeypatch):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_collapsed_embeddings_are_still_told_apart(monkeypatch, precision):
     rescored = []
-    absorb = exact._absorb
-    monkeypatch.setattr(exact, "_absorb", lambda *arguments: (rescored.append(len(arguments[2])), absorb(*arguments)))
+    exact_paired = exhaustive.exact_paired
+    monkeypatch.setattr(
+        exhaustive, "exact_paired", lambda x, *rest: (rescored.append(len(x)), exact_paired(x, *rest))[1]
+    )
     rows = embeddings("collapsed", np.random.default_rng(0), 400, 32)
-    ids = np.arange(400)
-    search(rows, blocks_of(ids, rows), 5, query_ids=ids)
-    assert sum(rescored) < 400 * 10  # not the 160,000 pairs that lie within the rounding of an uncentred product
+    counter = Counter()
+    search_within(Rows(np.arange(400), rows), 5, precision=precision, counter=counter)
+    assert sum(rescored) < 400 * 20  # not the 160,000 pairs that lie within the rounding of an uncentred product
+    assert counter.second_searches < 20
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_slack_bounds_the_error_of_the_scores(kind, distance):
-    rng = np.random.default_rng(9)
-    queries, gallery = (torch.tensor(embeddings(kind, rng, 50, 33)).clamp(-1e36, 1e36) for _ in range(2))
-    q, g = (rows.double() for rows in (queries, gallery))
-    held = proposals.Proposals(queries, q.norm(dim=1), [slice(0, 50)], distance)
-    piece = held.piece(gallery, g.norm(dim=1))
-    points = held._points(queries, held.norms, piece.scale)
-    scores = torch.addmm(piece.bias, points, piece.points.T, alpha=-1).double()
-    lengths = held.lengths * piece.scale
-    offsets, slack = held._halved(lengths, held.norms), held._slack(lengths, piece.longest)
-    if distance == "euclidean":
-        true = ((q[:, None] - g[None]) * piece.scale).square().sum(dim=2) / 2
-    else:
-        norms = q.norm(dim=1)[:, None] * g.norm(dim=1)[None, :]
-        true = 1 - q @ g.T / norms.masked_fill(norms == 0, 1)
-    assert ((scores + offsets[:, None] - true).abs() <= slack[:, None]).all()
+def test_few_of_many_random_embeddings_need_a_second_search():
+    rows = Rows(np.arange(3000), embeddings("unit", np.random.default_rng(3), 3000, 64))
+    counts = {}
+    for precision in PRECISIONS:
+        counter = Counter()
+        search_within(rows, 10, precision=precision, counter=counter)
+        counts[precision] = counter.second_searches
+    assert counts["fp32"] == 0
+    assert counts["certified"] < 30
 
 
-def test_precision_settings_of_the_process_neither_matter_nor_change():
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precision_settings_of_the_process_neither_matter_nor_change(precision):
     rng = np.random.default_rng(1)
-    rows, ids = rng.standard_normal((500, 64)).astype(np.float32), np.arange(500)
-    expected = search(rows, blocks_of(ids, rows), 4, query_ids=ids)
+    rows = Rows(np.arange(500), rng.standard_normal((500, 64)).astype(np.float32))
+    expected = search(rows, rows, 4)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert_equal(search(rows, blocks_of(ids, rows), 4, query_ids=ids), expected)
+            assert_equal(search(rows, rows, 4, precision=precision), expected)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -182,42 +215,43 @@ def test_precision_settings_of_the_process_neither_matter_nor_change():
 
 def test_memmaps_and_read_only_arrays(tmp_path):
     rows, ids = np.random.default_rng(2).standard_normal((30, 6)).astype(np.float32), np.arange(30)
-    expected = search(rows, blocks_of(ids, rows), 3, query_ids=ids)
+    expected = search(Rows(ids, rows), Rows(ids, rows), 3)
     np.save(tmp_path / "rows.npy", rows)
-    held = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    assert_equal(search(held, blocks_of(ids, held, None, 7), 3, query_ids=ids, block_rows=4), expected)
-    assert_equal(search(np.asfortranarray(rows), blocks_of(ids, rows[::-1][::-1]), 3, query_ids=ids), expected)
+    held = Rows(ids, np.load(tmp_path / "rows.npy", mmap_mode="r"))
+    assert_equal(search(held, held, 3, block_rows=4), expected)
+    assert_equal(search(Rows(ids, np.asfortranarray(rows)), Rows(ids, rows[::-1][::-1]), 3), expected)
 
 
 def test_borders():
     row, one = np.zeros((1, 2), np.float32), np.array([0])
-    nothing = search(row, [], 2, query_ids=one)
+    asking, none = Rows(one, row), Rows(one[:0], row[:0])
+    nothing = search(asking, none, 2)
     assert_equal(nothing, Neighbors(np.array([[-1, -1]]), np.full((1, 2), np.inf, np.float32), np.array([0])))
-    assert_equal(search(row, [GalleryBlock(one, row)], 2, query_ids=one), nothing)  # itself only
-    assert_equal(search(row, blocks_of(one[:0], row[:0]), 2, query_ids=one), nothing)
-    assert_equal(search(row, [GalleryBlock(one[:0], row[:0])], 2, query_ids=one), nothing)
-    assert search(row[:0], [GalleryBlock(one, row)], 2, query_ids=one[:0]).ids.shape == (0, 2)
-    assert search(row, [GalleryBlock(one + 1, row)], 2, query_ids=one).ids.tolist() == [[1, -1]]
+    assert_equal(search(asking, asking, 2), nothing)  # itself only
+    assert_equal(search_within(asking, 2), nothing)
+    assert search(none, asking, 2).ids.shape == (0, 2)
+    assert search_within(none, 2).ids.shape == (0, 2)
+    assert search(asking, Rows(one + 1, row), 2).ids.tolist() == [[1, -1]]
 
 
 def test_mistakes_are_named():
     rows, ids = np.zeros((3, 2), np.float32), np.arange(3)
+    asking = Rows(ids, rows, name="queries")
     bad = rows.copy()
     bad[1, 0], bad[2, 1] = np.nan, np.inf
-    for queries, blocks, k, message in (
-        (rows, [], 0, "k=0"),
-        (bad, [], 1, r"queries: 2 embeddings .* ids \[1, 2\]"),
-        (rows, [GalleryBlock(ids + 5, bad)], 1, r"gallery: 2 embeddings .* ids \[6, 7\]"),
-        (rows, [GalleryBlock(ids, np.zeros((3, 4), np.float32))], 1, r"gallery: found embeddings float32 \(3, 4\)"),
-        (rows, [GalleryBlock(ids, rows.astype(np.float64))], 1, "gallery: found embeddings float64"),
-        (rows, [GalleryBlock(ids[:2], rows)], 1, "gallery"),
-        (rows, [GalleryBlock(ids, rows, ids[:2])], 1, r"sequences int64 \(2,\)"),
-        (rows, [GalleryBlock(ids - 1, rows)], 1, "id -1"),
-        (rows[:, :0], [], 1, "queries"),
+    wide = Rows(ids, np.zeros((3, 4), np.float32))
+    for queries, gallery, k, message in (
+        (asking, asking, 0, "k=0"),
+        (Rows(ids, bad, name="queries"), asking, 1, r"queries: 2 embeddings .* ids \[1, 2\]"),
+        (asking, Rows(ids + 5, bad), 1, r"gallery: 2 embeddings .* ids \[6, 7\]"),
+        (asking, wide, 1, "queries have 2 dimensions and gallery 4"),
     ):
         with pytest.raises(EmbeddingError, match=message):
-            search(queries, blocks, k, query_ids=ids)
+            search(queries, gallery, k)
+        with pytest.raises(EmbeddingError, match=message):
+            search_both(queries, gallery, k)
     with pytest.raises(EmbeddingError, match="block_rows=0"):
-        search(rows, [], 1, query_ids=ids, block_rows=0)
-    with pytest.raises(ConfigError, match="dot"):
-        search(rows, [], 1, query_ids=ids, distance="dot")
+        search(asking, asking, 1, block_rows=0)
+    for wrong in ({"distance": "dot"}, {"precision": "fp8"}):
+        with pytest.raises(ConfigError, match=str(*wrong.values())):
+            search_within(asking, 1, **wrong)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from oml_ray.errors import ImageError, StorageError
+from oml_ray.retrieval.approximation import ComparedSetting
 from oml_ray.retrieval.report import Picture, QueryRow, Report, page, plots, render, write_report
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -109,7 +110,18 @@ def full(text: str = "shoes") -> Report:
         config=f"name: {text}\n",
         bad_images=[(f"images/{text}.jpg", f"truncated {text}")],
         baseline_title=f"before {text}",
+        comparisons=comparisons(f"index {text}"),
     )
+
+
+def comparisons(text: str = "IVF16,Flat") -> list[ComparedSetting]:
+    change = {"value": 0.5, "change": -0.25, "change_ci95": [-0.375, 0.125]}
+    nothing = {"value": None, "change": None, "change_ci95": None}
+    return [
+        ComparedSetting("exact", 10, 1.0, {"cmc": {"1": {**change, "change": 0.0}}}, 12.5, 0, 0.0, is_pareto=True),
+        ComparedSetting(text, 10, 0.75, {"cmc": {"1": change}, "map": {"5": nothing}}, 2500.0, 3 * 2**19, 2.0, True),
+        ComparedSetting("slow", 10, 0.5, {}, 1.25, 1023, 0.125),
+    ]
 
 
 def minimal(**changes: Any) -> Report:
@@ -123,11 +135,13 @@ def sections(text: str) -> list[str]:
 
 def test_a_full_report_has_all_sections() -> None:
     text = render(full())
-    assert sections(text) == ["metrics", "training", "categories", "distances", "queries", "bad-images", "run"]
+    assert sections(text) == [
+        *("metrics", "training", "categories", "distances", "approximate-search", "queries", "bad-images", "run")
+    ]
     seen = Page(text)
     assert seen.tags["img"] == 3 * 4
-    # loss, learning rate, images/s, cmc, map; bars of cmc@1 and mrr (fnmr is unknown everywhere); the histogram
-    assert seen.tags["svg"] == 5 + 2 + 1
+    # loss, learning rate, images/s, cmc, map; bars of cmc@1 and mrr (fnmr is unknown everywhere); the histogram; Pareto
+    assert seen.tags["svg"] == 5 + 2 + 1 + 1
     assert {"1,234", "12.500", "0.125", "✓", "✗", "○", "images/shoes.jpg"} <= set(seen.texts)
     assert "300 positive pairs" in text
     assert "400 negative pairs" in text
@@ -149,6 +163,7 @@ def test_a_report_of_nothing_is_a_page() -> None:
         ({"random": [QueryRow(Picture(image("PNG"), "alone"), [], [])]}, ["queries"]),
         ({"bad_images": [("a.jpg", "truncated")]}, ["bad-images"]),
         ({"config": "seed: 42"}, ["run"]),
+        ({"comparisons": comparisons()}, ["approximate-search"]),
     ],
 )
 def test_what_is_missing_is_left_out(changes: dict[str, Any], expected: list[str]) -> None:
@@ -167,13 +182,44 @@ def test_metrics_stand_beside_the_baseline() -> None:
     assert Page(without).cells("cmc@1")[:4] == ["cmc@1", "0.750", "[0.730, 0.770]", "cmc@5"]
 
 
+def test_settings_of_the_search_are_numbered_and_compared() -> None:
+    text = render(minimal(comparisons=comparisons()))
+    seen = Page(text)
+    cells = [text for text in seen.texts if text]
+    table = cells[cells.index("#") :]
+    rows = [
+        "#, setting, Pareto, recall@10, queries/s, memory, build, s, cmc@1, change, map@5, change",
+        "1, exact, ●, 1.000, 12.500, 0 B, 0.000, 0.500, +0.000, [-0.375, +0.125], —, —",
+        "2, IVF16,Flat, ●, 0.750, 2,500.0, 1.5 MiB, 2.000, 0.500, -0.250, [-0.375, +0.125], —, —",
+        "3, slow, 0.500, 1.250, 1023 B, 0.125, —, —, —, —",
+    ]
+    assert ", ".join(table) == ", ".join(rows)
+    svg = text[text.index("<svg") : text.index("</svg>")]
+    assert re.findall(r">(\d)</text>", svg)[-3:] == ["1", "2", "3"]  # beside their points
+    assert "recall of the exact neighbors" in svg
+
+
+@pytest.mark.parametrize("rates", [[0.0, 5.0], [1e-9, 1e9], [3.0]])
+def test_any_speeds_can_be_drawn(rates: list[float]) -> None:
+    svg = plots.pareto("<speed>", [plots.Point(EVIL, 1.0, rate, rate == rates[0]) for rate in rates])
+    assert Page(svg).tags["svg"] == 1
+
+
 def test_texts_of_users_are_escaped_everywhere() -> None:
     text = render(full(EVIL))
     seen = Page(text)
     assert seen.tags["script"] == 1  # the page's own
     assert "<script>alert" not in text
     assert not [name for _, name, _ in seen.attributes if name.startswith("on")]
-    for expected in (f"run {EVIL}", f"before {EVIL}", f"near {EVIL}", f"images/{EVIL}.jpg", f"truncated {EVIL}", EVIL):
+    for expected in (
+        f"run {EVIL}",
+        f"before {EVIL}",
+        f"index {EVIL}",
+        f"near {EVIL}",
+        f"images/{EVIL}.jpg",
+        f"truncated {EVIL}",
+        EVIL,
+    ):
         assert expected in seen.texts
     assert f"name: {EVIL}" in seen.texts
     assert f"missed {EVIL}" in seen.values("alt")

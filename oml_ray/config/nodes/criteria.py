@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from oml_ray.config.nodes.base import Node, Positive, Probability, Rate
 
-Ranks = Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)]
+# Told apart beforehand, so that a mistake has one message rather than one of each kind.
+Ranks = Annotated[
+    Annotated[Positive, Tag("count")] | Annotated[list[Positive], Field(min_length=2, max_length=2), Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, list) else "count"),
+]
 
 
 class AllMiner(Node):
@@ -195,7 +200,7 @@ class OfProxies(Node):
 
 class ArcFace(OfProxies):
     name: Literal["arcface"]
-    margin: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
+    margin: Annotated[float, Field(ge=0, lt=math.pi / 2)] = 0.5
     """Angle, in radians, by which the own proxy must be nearer."""
 
 

@@ -9,18 +9,13 @@ from torch import Tensor, nn
 
 from oml_ray.learning.losses.positives import positives_of
 
-CHUNK_ELEMENTS = 2**18  # of the (anchors, references) matrix, worked on at a time
+CHUNK_ELEMENTS = 2**18  # of the (anchors, negatives) matrix, worked on at a time
 
 
 def all_triplets(
     distances: Tensor, positive: Tensor, negative: Tensor, *, margin: float | None
 ) -> tuple[Tensor, Tensor]:
     """Mean triplet loss over every (anchor, positive, negative), value and gradient exact, in O(B N) memory.
-
-    With a margin a triplet's loss is linear where it is active, so the sum needs only how often each distance is in an
-    active triplet. Sorting the positives of an anchor tells for each negative, by a binary search, how many of them it
-    is active with; counting the answers tells the same for each positive: O(B N log P) for P positives an anchor. The
-    soft margin log(1 + exp(d(a, p) - d(a, n))) couples the two, and is summed positive by positive: O(B N P).
 
     Args:
         distances: (B, N) floats, anchors to references.
@@ -40,73 +35,83 @@ def all_triplets(
         >>> round(loss.item(), 4), active.item()
         (0.1, 1.0)
     """
-    loss, active = _AllTriplets.apply(distances, positive, negative, margin)
+    padded = positives_of(distances, positive).distances
+    return combined_triplets(padded, distances.masked_fill(~negative, torch.inf), margin=margin)
+
+
+def combined_triplets(positives: Tensor, negatives: Tensor, *, margin: float | None) -> tuple[Tensor, Tensor]:
+    """As `all_triplets`, for every combination of an anchor's positives with its negatives, of P and N columns.
+
+    With a margin a triplet's loss is linear where it is active, so the sum needs only how often each distance is in an
+    active triplet. Sorting the positives of an anchor tells for each negative, by a binary search, how many of them it
+    is active with; counting the answers tells the same for each positive: O(B (N + P) log P). The soft margin
+    log(1 + exp(d(a, p) - d(a, n))) couples the two, and is summed positive by positive: O(B N P). Nothing waits for
+    the device.
+
+    Args:
+        positives: (B, P) floats, distances to each anchor's positives, -inf where it has fewer.
+        negatives: (B, N) floats, distances to its negatives, inf where it has fewer.
+        margin: as in `all_triplets`.
+    """
+    loss, active = _CombinedTriplets.apply(positives, negatives, margin)
     return loss, active
 
 
-class _AllTriplets(torch.autograd.Function):
+class _CombinedTriplets(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, distances: Tensor, positive: Tensor, negative: Tensor, margin: float | None
-    ) -> tuple[Tensor, Tensor]:
-        sizes = positive.sum(dim=1).double() * negative.sum(dim=1).double()
+    def forward(ctx: Any, positives: Tensor, negatives: Tensor, margin: float | None) -> tuple[Tensor, Tensor]:
+        sizes = (positives > -torch.inf).sum(dim=1).double() * (negatives < torch.inf).sum(dim=1)
         count = sizes.sum().clamp_(min=1)
-        gradient = torch.zeros_like(distances)
-        total = distances.new_zeros((), dtype=torch.float64)
-        active = distances.new_zeros((), dtype=torch.float64)
-        step = max(1, CHUNK_ELEMENTS // max(1, distances.shape[1]))
-        for start in range(0, len(distances), step):
+        pulls, pushes = torch.zeros_like(positives), torch.zeros_like(negatives)  # gradients of the sum
+        total = negatives.new_zeros((), dtype=torch.float64)
+        active = negatives.new_zeros((), dtype=torch.float64)
+        step = max(1, CHUNK_ELEMENTS // max(1, negatives.shape[1]))
+        for start in range(0, len(negatives), step):
             rows = slice(start, start + step)
-            part = distances[rows], positive[rows], negative[rows], gradient[rows]
+            part = positives[rows], negatives[rows], pulls[rows], pushes[rows]
             part_total, part_active = _soft(*part) if margin is None else _with_margin(*part, margin)
             total += part_total
             active += part_active
-        ctx.save_for_backward(gradient.div_(count))
-        active = (active / count).to(distances.dtype)
+        ctx.save_for_backward(pulls.div_(count), pushes.div_(count))
+        active = (active / count).to(negatives.dtype)
         ctx.mark_non_differentiable(active)
-        return (total / count).to(distances.dtype), active
+        return (total / count).to(negatives.dtype), active
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        pulls, pushes = ctx.saved_tensors
+        return pulls * gradients[0], pushes * gradients[0], None
 
 
 def _with_margin(
-    distances: Tensor, positive: Tensor, negative: Tensor, gradient: Tensor, margin: float
+    positives: Tensor, negatives: Tensor, pulls: Tensor, pushes: Tensor, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the triplets of some anchors, and the number of active ones; adds to their `gradient`."""
-    rows, columns, places, padded = positives_of(distances, positive)  # padded: (anchors, P), -inf where there is none
-    width = padded.shape[1]
-    thresholds, order = (padded + margin).sort(dim=1)
+    """Sum over the triplets of some anchors, and the number of active ones; writes their gradients."""
+    width = positives.shape[1]
+    thresholds, order = (positives + margin).sort(dim=1)
     # A negative is active with the positives whose threshold is above its distance: all from `first` on.
-    first = torch.searchsorted(thresholds, distances.contiguous(), right=True)  # (anchors, references)
-    times_negative = (width - first).masked_fill_(~negative, 0)
-    buckets = first.masked_fill_(~negative, width)  # the last bucket is never active
-    counts = buckets.new_zeros((len(distances), width + 1))
-    counts.scatter_add_(1, buckets, torch.ones_like(buckets))
+    first = torch.searchsorted(thresholds, negatives.contiguous(), right=True)  # (anchors, negatives)
+    counts = first.new_zeros((len(negatives), width + 1))  # the last bucket is never active
+    counts.scatter_add_(1, first, torch.ones_like(first))
     times_sorted = counts[:, :width].cumsum(dim=1)
-    times_positive = torch.empty_like(times_sorted).scatter_(1, order, times_sorted)[rows, places]
-    gradient -= times_negative
-    gradient[rows, columns] += times_positive.to(gradient.dtype)
-    active = times_positive.sum().double()
-    pulled = ((distances[rows, columns].double() + margin) * times_positive).sum()
-    return pulled - (distances.double() * times_negative).sum(), active
+    times_positive = torch.empty_like(times_sorted).scatter_(1, order, times_sorted)
+    times_negative = width - first
+    pulls += times_positive
+    pushes -= times_negative
+    pulled = (positives.double() + margin).masked_fill_(positives == -torch.inf, 0) * times_positive
+    pushed = negatives.double().masked_fill_(negatives == torch.inf, 0) * times_negative
+    return pulled.sum() - pushed.sum(), times_positive.sum().double()
 
 
-def _soft(distances: Tensor, positive: Tensor, negative: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _soft(positives: Tensor, negatives: Tensor, pulls: Tensor, pushes: Tensor) -> tuple[Tensor, Tensor]:
     """As `_with_margin`, for the soft margin."""
-    rows, columns, places, padded = positives_of(distances, positive)  # padded: (anchors, P)
-    negatives = distances.masked_fill(~negative, torch.inf)
-    total = distances.new_zeros((), dtype=torch.float64)
-    active = distances.new_zeros((), dtype=torch.float64)
-    pulls = torch.empty_like(padded)
-    for place in range(padded.shape[1]):
-        gap = padded[:, place, None] - negatives  # (anchors, references)
+    total = negatives.new_zeros((), dtype=torch.float64)
+    active = negatives.new_zeros((), dtype=torch.float64)
+    for place in range(positives.shape[1]):
+        gap = positives[:, place, None] - negatives  # (anchors, negatives)
         total += nn.functional.softplus(gap).sum(dtype=torch.float64)
         active += (gap > 0).sum()
         slope = gap.sigmoid_()
-        gradient -= slope
+        pushes -= slope
         pulls[:, place] = slope.sum(dim=1)
-    gradient[rows, columns] += pulls[rows, places]
     return total, active

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,8 @@ class CircleLoss(nn.Module):
         super().__init__()
         if not -1 < margin < 1:
             raise ValueError(f"margin must be within (-1, 1), found {margin}.")
-        if not scale > 0:
-            raise ValueError(f"scale must be above 0, found {scale}.")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be above 0 and finite, found {scale}.")
         self.margin, self.scale = margin, scale
 
     def forward(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Loss:

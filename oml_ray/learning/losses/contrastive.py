@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -43,10 +45,10 @@ class ContrastiveLoss(nn.Module):
             ValueError: a margin out of its range.
         """
         super().__init__()
-        if not positive_margin >= 0:
-            raise ValueError(f"positive_margin must be at least 0, found {positive_margin}.")
-        if not negative_margin > 0:
-            raise ValueError(f"negative_margin must be above 0, found {negative_margin}.")
+        if not 0 <= positive_margin < math.inf:
+            raise ValueError(f"positive_margin must be at least 0 and finite, found {positive_margin}.")
+        if not 0 < negative_margin < math.inf:
+            raise ValueError(f"negative_margin must be above 0 and finite, found {negative_margin}.")
         self.positive_margin, self.negative_margin = positive_margin, negative_margin
         self.miner = AllTriplets() if miner is None else miner
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from oml_ray.learning.losses.cosine import cosine_distances, log1p_exp, log_sum_exp
@@ -46,8 +48,8 @@ class MultiSimilarityLoss(nn.Module):
         """
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, found {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, found {value}.")
         if not -1 <= base <= 1:
             raise ValueError(f"base must be within [-1, 1], found {base}.")
         self.alpha, self.beta, self.base = alpha, beta, base

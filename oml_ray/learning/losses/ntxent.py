@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from oml_ray.learning.losses.cosine import cosine_distances, log1p_exp, log_sum_exp
@@ -39,8 +41,8 @@ class NTXentLoss(nn.Module):
             ValueError: the temperature is not above 0.
         """
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, found {temperature}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, found {temperature}.")
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Loss:

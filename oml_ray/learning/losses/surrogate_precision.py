@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from oml_ray.distances import pairwise
@@ -47,8 +49,8 @@ class SurrogatePrecisionLoss(nn.Module):
         if k < 1:
             raise ValueError(f"k must be at least 1, found {k}.")
         for name, value in (("cutoff_temperature", cutoff_temperature), ("rank_temperature", rank_temperature)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, found {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, found {value}.")
         self.k, self.cutoff_temperature, self.rank_temperature = k, cutoff_temperature, rank_temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ class SurrogateRecallLoss(nn.Module):
         if not k_values or min(k_values) < 1:
             raise ValueError(f"k_values must be one or more numbers of at least 1, found {list(k_values)}.")
         for name, value in (("cutoff_temperature", cutoff_temperature), ("rank_temperature", rank_temperature)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, found {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, found {value}.")
         self.k_values = tuple(k_values)
         self.cutoff_temperature, self.rank_temperature = cutoff_temperature, rank_temperature
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from oml_ray.distances import paired, pairwise
-from oml_ray.learning.losses.all_triplets import all_triplets
+from oml_ray.learning.losses.all_triplets import all_triplets, combined_triplets
+from oml_ray.learning.losses.chosen_distances import chosen_distances
 from oml_ray.learning.losses.criterion import Loss
-from oml_ray.learning.miners import EmbeddingTriplets, Miner, Triplets
+from oml_ray.learning.losses.pair_logs import pair_logs
+from oml_ray.learning.miners import Combinations, EmbeddingTriplets, Miner, Triplets
 from oml_ray.learning.pairs import Masks, Memory, masked_mean, references
 
 
@@ -34,10 +38,13 @@ class TripletLoss(nn.Module):
         Args:
             miner: picks the triplets of each batch.
             margin: distance by which a negative has to be farther than a positive, > 0; None is the soft margin.
+
+        Raises:
+            ValueError: the margin is out of its range.
         """
         super().__init__()
-        if margin is not None and margin <= 0:
-            raise ValueError(f"margin must be above 0 or None, found {margin}.")
+        if margin is not None and not 0 < margin < math.inf:
+            raise ValueError(f"margin must be above 0 and finite, or None, found {margin}.")
         self.miner, self.margin = miner, margin
 
     def forward(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Loss:
@@ -54,7 +61,11 @@ class TripletLoss(nn.Module):
         mined = self.miner(embeddings, labels, memory)
         others, _ = references(embeddings, labels, memory)
         if isinstance(mined, Masks):
-            return self._of_pairs(pairwise(embeddings, others), mined)
+            distances = pairwise(embeddings, others)  # (batch, references)
+            loss, active = all_triplets(distances, *mined, margin=self.margin)
+            return loss, {**pair_logs(distances, mined), "active_triplets": active}
+        if isinstance(mined, Combinations):
+            return self._of_combinations(embeddings, others, mined)
         if isinstance(mined, EmbeddingTriplets):
             positive, negative = paired(mined.anchors, mined.positives), paired(mined.anchors, mined.negatives)
         else:
@@ -73,19 +84,26 @@ class TripletLoss(nn.Module):
                 logs["negatives_from_bank"] = (mined.negatives >= len(labels)).to(losses.dtype) @ weights
         return losses @ weights, logs
 
-    def _of_pairs(self, distances: Tensor, mined: Masks) -> Loss:
-        """Loss of all triplets of the mined pairs; distances: (batch, references)."""
-        loss, active = all_triplets(distances, *mined, margin=self.margin)
+    def _of_combinations(self, embeddings: Tensor, others: Tensor, mined: Combinations) -> Loss:
+        """Loss of all triplets of a few positives and negatives of each anchor."""
+        columns = torch.cat([mined.positives, mined.negatives], dim=1)
+        distances = chosen_distances(embeddings, others, columns)  # (batch, P + N)
+        positives, negatives = distances.tensor_split([mined.positives.shape[1]], dim=1)
+        loss, active = combined_triplets(
+            positives.masked_fill(~mined.positives_valid, -torch.inf),
+            negatives.masked_fill(~mined.negatives_valid, torch.inf),
+            margin=self.margin,
+        )
         with torch.no_grad():
             logs = {
-                "distance_positive": masked_mean(distances, mined.positive),
-                "distance_negative": masked_mean(distances, mined.negative),
+                "distance_positive": masked_mean(positives, mined.positives_valid),
+                "distance_negative": masked_mean(negatives, mined.negatives_valid),
                 "active_triplets": active,
             }
-            size = len(distances)
-            if distances.shape[1] > size:
-                for name, mask in (("positives", mined.positive), ("negatives", mined.negative)):
-                    logs[f"{name}_from_bank"] = mask[:, size:].sum() / mask.sum().clamp(min=1)
+            size = len(embeddings)
+            if len(others) > size:
+                logs["positives_from_bank"] = masked_mean((mined.positives >= size).to(loss), mined.positives_valid)
+                logs["negatives_from_bank"] = masked_mean((mined.negatives >= size).to(loss), mined.negatives_valid)
         return loss, logs
 
 

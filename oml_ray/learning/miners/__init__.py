@@ -5,6 +5,8 @@ from oml_ray.learning.miners.distance_weighted import DistanceWeightedTriplets
 from oml_ray.learning.miners.hard import HardTriplets
 from oml_ray.learning.miners.hard_cluster import HardClusterTriplets
 from oml_ray.learning.miners.mined import (
+    CombinationMiner,
+    Combinations,
     EmbeddingMiner,
     EmbeddingTriplets,
     Miner,
@@ -18,6 +20,8 @@ from oml_ray.learning.miners.pairs import Pairs, PairsMiner
 
 __all__ = [
     "AllTriplets",
+    "CombinationMiner",
+    "Combinations",
     "DistanceWeightedTriplets",
     "EmbeddingMiner",
     "EmbeddingTriplets",

@@ -1,6 +1,6 @@
-"""What a miner gives: triplets one by one, or the pairs whose every combination is a triplet.
+"""What a miner gives: triplets one by one, or the pairs whose every combination is a triplet, all or a few.
 
-Neither depends in its shape on the values of a batch, so that nothing waits for the device.
+None depends in its shape on the values of a batch, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -41,6 +41,19 @@ class EmbeddingTriplets(NamedTuple):
     """bool (T,): whether it is a triplet at all."""
 
 
+class Combinations(NamedTuple):
+    """A few positives and negatives of each anchor, as positions in the references; every combination is a triplet."""
+
+    positives: Tensor
+    """int64 (B, P)."""
+    negatives: Tensor
+    """int64 (B, N)."""
+    positives_valid: Tensor
+    """bool (B, P): whether it is a positive at all, as an anchor may have fewer."""
+    negatives_valid: Tensor
+    """bool (B, N): whether it is a negative at all."""
+
+
 class TripletMiner(Protocol):
     """Picks triplets of a batch."""
 
@@ -55,6 +68,13 @@ class EmbeddingMiner(Protocol):
         """Make triplets from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
 
 
+class CombinationMiner(Protocol):
+    """Picks a few positives and negatives of each anchor."""
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Combinations:
+        """Pick from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
+
+
 class PairMiner(Protocol):
     """Picks the positives and negatives of each anchor."""
 
@@ -62,4 +82,4 @@ class PairMiner(Protocol):
         """Pick pairs from embeddings (B, D) with int64 labels (B,), and a memory of earlier ones."""
 
 
-Miner = TripletMiner | EmbeddingMiner | PairMiner
+Miner = TripletMiner | EmbeddingMiner | CombinationMiner | PairMiner

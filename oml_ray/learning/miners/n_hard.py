@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oml_ray.distances import pairwise_fast
-from oml_ray.learning.miners.mined import Triplets
+from oml_ray.learning.miners.mined import Combinations
 from oml_ray.learning.pairs import Memory, masks, references
 
 
@@ -19,9 +19,11 @@ class NHardTriplets:
 
     Example:
         >>> miner = NHardTriplets(1, (2, 3))
-        >>> triplets = miner(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]), torch.tensor([7, 7, 8, 8, 8]))
-        >>> triplets.negatives[triplets.valid & (triplets.anchors == 0)].tolist()
-        [3, 4]
+        >>> mined = miner(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]), torch.tensor([7, 7, 8, 8, 8]))
+        >>> mined.positives[0].tolist(), mined.negatives[0].tolist()
+        ([1], [3, 4])
+        >>> mined.negatives_valid[2].tolist()
+        [True, False]
     """
 
     def __init__(self, n_positive: int | tuple[int, int], n_negative: int | tuple[int, int]) -> None:
@@ -37,29 +39,20 @@ class NHardTriplets:
         self.n_positive, self.n_negative = _ranks("n_positive", n_positive), _ranks("n_negative", n_negative)
 
     @torch.no_grad()
-    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Triplets:
-        """Pick triplets of embeddings (B, D) with int64 labels (B,), and a memory."""
+    def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Combinations:
+        """Pick from embeddings (B, D) with int64 labels (B,), and a memory; the hardest first."""
         others, other_labels = references(embeddings, labels, memory)
         distances = pairwise_fast(embeddings, others)  # (batch, references)
         positive, negative = masks(labels, other_labels)
-        positives = _hardest(distances.neg(), positive, self.n_positive)  # (batch, chosen positives)
-        negatives = _hardest(distances, negative, self.n_negative)  # (batch, chosen negatives)
-        # (batch, chosen positives, chosen negatives)
-        taken = positive.gather(1, positives)[:, :, None] & negative.gather(1, negatives)[:, None, :]
-        anchors = torch.arange(len(labels), device=labels.device)[:, None, None]
-        return Triplets(
-            anchors.expand_as(taken).flatten(),
-            positives[:, :, None].expand_as(taken).flatten(),
-            negatives[:, None, :].expand_as(taken).flatten(),
-            taken.flatten(),
-        )
+        positives = _largest(distances.masked_fill(~positive, -torch.inf), self.n_positive)
+        negatives = _largest(distances.neg_().masked_fill_(~negative, -torch.inf), self.n_negative)
+        return Combinations(positives, negatives, positive.gather(1, positives), negative.gather(1, negatives))
 
 
-def _hardest(distances: Tensor, candidates: Tensor, ranks: tuple[int, int]) -> Tensor:
-    """Positions of the candidates at some ranks, the nearest first; any position where there are fewer candidates."""
+def _largest(values: Tensor, ranks: tuple[int, int]) -> Tensor:
+    """Positions of the values (B, N) at some ranks; none where N is below the first."""
     first, last = ranks
-    nearest = distances.masked_fill(~candidates, torch.inf).topk(min(last, distances.shape[1]), dim=1, largest=False)
-    return nearest.indices[:, first - 1 :]
+    return values.topk(min(last, values.shape[1]), dim=1).indices[:, first - 1 :]
 
 
 def _ranks(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

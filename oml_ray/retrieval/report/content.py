@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oml_ray.retrieval.approximation import ComparedSetting
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -52,6 +54,7 @@ class Report:
         config: the resolved config, YAML.
         bad_images: path and reason of each image that could not be read; the page lists the first thousand.
         baseline_title: the name of the baseline, the head of its column.
+        comparisons: ways of approximate search against exact search, all at one k; the page numbers them from 1.
     """
 
     title: str
@@ -65,3 +68,4 @@ class Report:
     config: str
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     baseline_title: str = "before training"
+    comparisons: Sequence[ComparedSetting] = ()

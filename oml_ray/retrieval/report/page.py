@@ -17,6 +17,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from oml_ray.errors import ImageError, StorageError
+from oml_ray.retrieval.approximation import ComparedSetting
 from oml_ray.retrieval.report import plots
 from oml_ray.retrieval.report.content import Picture, Report
 
@@ -95,6 +96,8 @@ def render(report: Report) -> str:
         category_plots=[Markup(svg) for svg in _category_plots(overall, categories)],
         distances=_distances(pairs),
         pairs=_pairs(pairs),
+        comparison_metrics=_comparison_metrics(report.comparisons),
+        comparison_plot=_comparison_plot(report.comparisons),
         counts=dict(_facts(report.metrics.get("counts", {}))),
         timings=dict(_facts(report.metrics.get("timings", {}))),
         versions=dict(_facts(report.metrics.get("versions", {}))),
@@ -109,6 +112,7 @@ def render(report: Report) -> str:
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
+        "bytes": _bytes,
         "fact": _fact,
         "interval": _interval,
         "metric_name": _metric_name,
@@ -199,6 +203,22 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield plots.lines(title, "epoch" if kind == "validation" else "step", lines)
 
 
+def _comparison_metrics(settings: Sequence[ComparedSetting]) -> list[tuple[str, str]]:
+    """Metric and k of every column: those that any setting has."""
+    keys = [(metric, k) for setting in settings for metric, by_k in setting.metrics.items() for k in by_k]
+    return list(dict.fromkeys(keys))
+
+
+def _comparison_plot(settings: Sequence[ComparedSetting]) -> Markup | None:
+    if not settings:
+        return None
+    points = [
+        plots.Point(str(number), setting.ann_recall, setting.queries_per_s, setting.is_pareto)
+        for number, setting in enumerate(settings, start=1)
+    ]
+    return Markup(plots.pareto("recall and speed", points))
+
+
 def _distances(pairs: Mapping[str, NDArray[np.float64]]) -> Markup | None:
     if not any(map(len, pairs.values())):
         return None
@@ -236,6 +256,16 @@ def _number(value: float | None) -> str:
     if abs(value) >= 100:
         return f"{value:,.1f}"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def _bytes(value: int) -> str:
+    """1,536 -> 1.5 KiB."""
+    size, unit = float(value), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _interval(score: _Score) -> str:

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 MAX_POINTS = 500  # of one line: a page must not grow with the length of the training
@@ -62,6 +62,17 @@ class Bar:
     name: str
     value: float
     interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of `pareto`: a short name beside it, recall of the exact neighbors, queries/s, and whether no other
+    point has at least as much of both."""
+
+    name: str
+    recall: float
+    queries_per_s: float
+    is_pareto: bool
 
 
 def lines(title: str, x_label: str, drawn: Sequence[Line]) -> str:
@@ -144,6 +155,37 @@ def histogram(title: str, positive: NDArray[np.float64], negative: NDArray[np.fl
         axes.set_ylabel("share of pairs")
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")
+    return svg[0]
+
+
+def pareto(title: str, drawn: Sequence[Point]) -> str:
+    """Draws what each setting finds against how fast it is; a line joins the Pareto-optimal ones.
+
+    Args:
+        title: above the plot; also what a screen reader says.
+        drawn: at least one setting.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with _plot(title, 2.9) as (axes, svg):
+        best = sorted((point for point in drawn if point.is_pareto), key=lambda point: point.recall)
+        others = [point for point in drawn if not point.is_pareto]
+        axes.plot([p.recall for p in best], [p.queries_per_s for p in best], color=COLORS[0], linewidth=1.2)
+        for points, color, marker in ((others, COLORS[4], "x"), (best, COLORS[0], "o")):
+            x, y = [p.recall for p in points], [p.queries_per_s for p in points]
+            axes.plot(x, y, color=color, marker=marker, markersize=4, linestyle="none")
+        for point in drawn:
+            place = (point.recall, point.queries_per_s)
+            axes.annotate(_printable(point.name, 12), place, (4, 3), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("recall of the exact neighbors")
+        axes.set_ylabel("queries/s")
+        if all(point.queries_per_s > 0 for point in drawn):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.margins(0.12)
     return svg[0]
 
 

@@ -1,16 +1,4 @@
-"""Retrieval metrics: one value per query, their means over queries, and bootstrap intervals of the means.
-
-Definitions (r: the relevance list of one query, sorted by distance, after exclusion; n: its number of relevant gallery
-instances after exclusion, counted over the whole gallery), those of Open Metric Learning:
-
-- ``cmc@k``       = 1 if any of r[:k], else 0 ("Recall@k" in papers);
-- ``precision@k`` = sum(r[:k]) / min(n, k);
-- ``map@k``       = mean over the hits i in the first k of sum(r[:i]) / i (i from 1); 0 when there is no hit.
-
-Musgrave et al., "A Metric Learning Reality Check" (ECCV 2020), discuss what the first can and cannot tell.
-A query with n = 0 has no ground truth: it is NaN here and left out of every mean. A query with n > 0 that retrieved
-nothing scores 0.
-"""
+"""Means of metrics over queries, overall and per category, with bootstrap intervals."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,73 +8,9 @@ from numpy.typing import NDArray
 from oml_ray.errors import EmbeddingError
 
 Float64Array = NDArray[np.float64]
-PerQuery = dict[str, dict[str, Float64Array]]
 
 CONFIDENCE = (2.5, 97.5)  # percentiles
 RESAMPLED_AT_ONCE = 2**21  # drawn queries held in memory
-
-
-def per_query(
-    relevant: NDArray[np.bool_],
-    counts: NDArray[np.int64],
-    n: NDArray[np.int64],
-    cmc: Sequence[int] = (),
-    precision: Sequence[int] = (),
-    map: Sequence[int] = (),
-) -> PerQuery:
-    """The metrics of each query.
-
-    Arguments:
-        relevant: bool (Q, K), whether the neighbor at each place has the query's label.
-        counts: int64 (Q,), how many of the K places are filled; what lies beyond is ignored.
-        n: int64 (Q,), relevant gallery instances after exclusion (`exclusion.ground_truth_counts`).
-        cmc, precision, map: the k of each metric, 1 <= k <= K; a metric without any is left out.
-
-    Returns:
-        {"cmc": {"1": float64 (Q,), ...}, ...}; NaN where n = 0.
-
-    Raises:
-        EmbeddingError: shapes do not fit, a k is not in 1..K, or more relevant neighbors were retrieved than there are.
-
-    Example:
-        >>> hits = np.array([[True, False], [False, True], [False, False]])
-        >>> per_query(hits, np.array([2, 2, 2]), np.array([2, 3, 5]), precision=[2])["precision"]["2"]
-        array([0.5, 0.5, 0. ])
-    """
-    if relevant.ndim != 2 or counts.shape != relevant.shape[:1] or n.shape != counts.shape:
-        raise EmbeddingError(
-            f"metrics: found relevant {relevant.shape}, counts {counts.shape}, n {n.shape}; "
-            "allowed are (Q, K), (Q,), (Q,)."
-        )
-    wanted = {"cmc": cmc, "precision": precision, "map": map}
-    wrong = [f"{name}@{k}" for name, ks in wanted.items() for k in ks if not 1 <= k <= relevant.shape[1]]
-    if wrong:
-        raise EmbeddingError(
-            f"metrics: {', '.join(wrong)} cannot be computed from {relevant.shape[1]} neighbors per query; "
-            "k must be at least 1 and at most that: search for more neighbors."
-        )
-    places = np.arange(1, relevant.shape[1] + 1)
-    r = relevant & (places <= counts[:, None])  # (queries, places)
-    hits = np.cumsum(r, axis=1)  # (queries, places)
-    if relevant.shape[1] and (hits[:, -1] > n).any():
-        row = int((hits[:, -1] > n).argmax())
-        raise EmbeddingError(
-            f"metrics: query row {row} retrieved {hits[row, -1]} relevant neighbors, but n = {n[row]}; "
-            "count n over the whole gallery, with the same exclusions as the search."
-        )
-    summed = np.cumsum(np.where(r, hits / places, 0.0), axis=1)  # precision at the hits, (queries, places)
-    result: PerQuery = {}
-    for name, ks in wanted.items():
-        for k in ks:
-            found = hits[:, k - 1]
-            if name == "cmc":
-                value = (found > 0).astype(np.float64)
-            elif name == "precision":
-                value = found / np.maximum(np.minimum(n, k), 1)
-            else:
-                value = summed[:, k - 1] / np.maximum(found, 1)
-            result.setdefault(name, {})[str(k)] = np.where(n > 0, value, np.nan)
-    return result
 
 
 def resamples(num_queries: int, samples: int, seed: int) -> Iterator[Float64Array]:
@@ -147,7 +71,7 @@ def summarise(
     """Means over the queries with ground truth, overall and per category, with their intervals.
 
     Arguments:
-        values: the result of `per_query`.
+        values: {metric: {k: float64 (Q,)}}, those of `per_query` and of `from_ranks` together.
         categories: int64 (Q,), positions in `category_names`, -1 = none; or None.
         category_names: one name per code.
         samples: bootstrap resamples; 0 = no intervals.
