@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "Train, evaluate the best checkpoint and write a report.", _train),
         ("embed", "Embed a table into a Parquet store.", _embed),
         ("evaluate", "Embed, search and measure a table, and write a report.", _evaluate),
+        ("search", "Search images in an embeddings store, and write their neighbors and a page.", _search),
     ):
         added = verb(name, text, run)
         _add_config(added)
@@ -145,6 +146,18 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         evaluate.dry_run(config)
     else:
         evaluate.evaluate(config)
+
+
+def _search(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import SearchConfig, load
+
+    config = load(SearchConfig, parsed.config, parsed.overrides)
+    from oml_ray.distributed import find
+
+    if parsed.dry_run:
+        find.dry_run(config)
+    else:
+        find.find(config)
 
 
 def _check(parsed: argparse.Namespace) -> None:

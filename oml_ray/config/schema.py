@@ -174,6 +174,17 @@ class EvaluateConfig(Node):
         return self
 
 
+class QueryImages(Node):
+    """How the images of a search are read."""
+
+    root: Annotated[str, Field(min_length=1)] | None = None
+    """Folder or URI that the paths of a table of queries are relative to; null: the table's own folder."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A query that cannot be read ends the job, or is left out and listed."""
+    max_pixels: nodes.Positive = nodes.Data.model_fields["max_pixels"].default
+    """Images announcing more pixels are refused before they are decoded."""
+
+
 class SearchConfig(Node):
     """`oml-ray search`: images are searched in a store; no labels are needed."""
 
@@ -184,18 +195,16 @@ class SearchConfig(Node):
     source: ImageSource
     """What embeds the queries: what made the store."""
     queries: Annotated[str, Field(min_length=1)]
-    """Folder of images, or a table of them."""
+    """Folder of images, searched with all its folders, or a CSV or Parquet table with a column path."""
+    data: QueryImages = QueryImages()
+    """How they are read."""
     gallery: Annotated[str, Field(min_length=1)]
     """Embeddings store to search: the folder `embeddings` of a run, or the run itself."""
     gallery_root: Annotated[str, Field(min_length=1)] | None = None
-    """What the store's image paths are relative to, for the page's pictures; null: the page shows their names."""
+    """What the store's image paths are relative to, for the page's pictures; null: the page shows these paths."""
     k: nodes.Positive = 10
     """Neighbors of each query."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """A query that cannot be read ends the job, or is left out and listed."""
-    max_pixels: nodes.Positive = nodes.Data.model_fields["max_pixels"].default
-    """Larger images are refused before they are decoded."""
     evaluation: nodes.Evaluation = nodes.Evaluation()
-    """How queries are embedded and the store is searched."""
+    """How queries are embedded (`embed`), the store is searched (`gallery`), and what the page shows (`pictures`)."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu` and `data_cpus`."""

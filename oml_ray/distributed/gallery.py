@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
 from oml_ray import build
@@ -26,8 +27,10 @@ from oml_ray.data.samplers import Ids
 from oml_ray.distributed.session import Needs
 from oml_ray.errors import EmbeddingError
 from oml_ray.retrieval import exact, ranks
+from oml_ray.retrieval.fnmr import FnmrAtFmr, FnmrSearch
 from oml_ray.retrieval.index import GalleryIndex
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
+from oml_ray.retrieval.pair_counts import Request, count_pairs
 from oml_ray.retrieval.rows import FileRows, Float32Array, Rows
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
@@ -111,7 +114,6 @@ class GalleryShard:
         if filesystem.get_file_info(f"{path}.json").is_file:
             return GalleryIndex.load(filesystem, path, settings, self.rows, **options)
         index = GalleryIndex.build(settings, self.rows, **options)
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         index.save(filesystem, path)
         return index
 
@@ -122,8 +124,8 @@ class GalleryShard:
     def search(self, queries: Float32Array, ids: Ids, sequences: Ids | None, k: int) -> Answer:
         """The k nearest of this shard for a block of queries (q, D)."""
         asking = Rows(ids, queries, sequences, name="queries")
-        if self.index is not None:
-            return Answer(self.index.search(asking, k))
+        if self.index is not None and isinstance(self.gallery, nodes.OfIndexes):
+            return Answer(self.index.search(asking, k, rescore_factor=self.gallery.rescore_factor))
         counter = exact.Counter()
         return Answer(exact.search(asking, self.rows, k, **self._options(counter)), counter.second_searches)
 
@@ -155,6 +157,21 @@ class GalleryShard:
             self.rows,
             self.part.labels,
             relevant,
+            distance=self.gallery.distance,
+            block_rows=self.gallery.block_rows,
+            device=self.device,
+        )
+
+    def count(
+        self, queries: Float32Array, ids: Ids, labels: Ids, sequences: Ids | None, request: Request
+    ) -> NDArray[np.int64]:
+        """Count pairs of a block of queries with this shard."""
+        return count_pairs(
+            request,
+            Rows(ids, queries, sequences, name="queries"),
+            labels,
+            self.rows,
+            self.part.labels,
             distance=self.gallery.distance,
             block_rows=self.gallery.block_rows,
             device=self.device,
@@ -234,6 +251,18 @@ class GalleryPool:
 
         for block, (relevant, *counts) in self._each(blocks, ask):
             yield block, ranks.ranked(relevant, counts)
+
+    def fnmr(self, blocks: Callable[[], Iterator[Block]], fmr: Sequence[float]) -> list[FnmrAtFmr]:
+        """FNMR@FMR over all pairs of query blocks and gallery, in several passes."""
+        counting = FnmrSearch(fmr)
+        while (request := counting.next_request()) is not None:
+
+            def ask(block: Block, embeddings: Any, request: Request = request) -> list[Any]:
+                asked = (embeddings, block.ids, block.labels, block.sequences, request)
+                return [shard.count.remote(*asked) for shard in self.shards]
+
+            counting.absorb(answer for _, answers in self._each(blocks(), ask) for answer in answers)
+        return counting.results()
 
     def search_within(self, k: int, done: Callable[[int], None]) -> Neighbors:
         """Search each instance of the gallery among all others, with half the products.

@@ -18,6 +18,7 @@ from oml_ray.distributed.gallery import Block, GalleryPool, Part
 from oml_ray.distributed.progress import counting
 from oml_ray.errors import EmbeddingError
 from oml_ray.retrieval.exclusion import ground_truth_counts
+from oml_ray.retrieval.fnmr import FnmrAtFmr
 from oml_ray.retrieval.metrics import PerQuery, from_ranks, per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
@@ -85,6 +86,8 @@ class Found:
     """Relevant gallery items of each query after exclusion."""
     values: PerQuery
     """Per-query metrics."""
+    fnmr: list[FnmrAtFmr]
+    """Over all pairs."""
     positive: NDArray[np.float32]
     """Distances of some pairs of one label."""
     negative: NDArray[np.float32]
@@ -128,6 +131,9 @@ def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gall
         values_by_rank: PerQuery = {}
         if metrics.by_rank:
             values_by_rank = _by_rank(pool, embedded, queries, gallery, metrics.by_rank)
+        fnmr: list[FnmrAtFmr] = []
+        if metrics.fnmr_at_fmr:
+            fnmr = pool.fnmr(lambda: embedded.blocks(queries, gallery.block_rows), metrics.fnmr_at_fmr)
         positive, negative = _pair_distances(pool, embedded, sampled, gallery.distance)
     finally:
         pool.close()
@@ -142,6 +148,7 @@ def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gall
         len(part.ids),
         num_relevant,
         {**values, **values_by_rank},
+        fnmr,
         positive,
         negative,
         embedded.bad,

@@ -221,7 +221,7 @@ class FnmrSearch:
         rank, following, share = self._ranks(fmr)
         bits = [self._places[rank].window.first, self._places[following].window.first]
         distances = np.array(bits, dtype=np.int32).view(np.float32)
-        if share == 0 or np.isinf(distances[1]):  # numpy knows no number between infinities
+        if np.isinf(distances[1]):  # numpy knows no number between infinities
             return float(distances[0 if share == 0 else 1])
         return float(np.quantile(distances, [share])[0])  # in numpy's own rounding
 

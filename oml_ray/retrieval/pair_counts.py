@@ -188,7 +188,7 @@ class _Pairs:
         answer = torch.zeros((2, len(edges)), dtype=torch.int64, device=self.device)
         for b, _, piece, scores in self._scores():
             each = distances.expand(len(scores), -1)  # (queries, edges)
-            below, above = self._products.below(b, piece, each), self._above(b, piece, each)
+            below, above = self._products.below(b, piece, each), self._products.above(b, piece, each)
             limits = torch.stack([below.amin(dim=0), above.amax(dim=0)])  # (2, edges), safe for all rows
             bins = _Bins.over(limits)
             counts = torch.zeros(SCORE_BINS + 2, dtype=torch.int64, device=self.device)
@@ -207,8 +207,8 @@ class _Pairs:
             gallery, width = self.gallery.part(g), scores.shape[1]
             for window, (first, last), counts in zip(windows, edges.tolist(), answer, strict=True):
                 surely = scores < self._products.below(b, piece, torch.full_like(scores[:, 0], first))[:, None]
-                possibly = scores < self._above(b, piece, torch.full_like(scores[:, 0], last))[:, None]
-                pass
+                possibly = scores < self._products.above(b, piece, torch.full_like(scores[:, 0], last))[:, None]
+                counts[0] += int(surely.count_nonzero())
                 for some in torch.split(nonzero(possibly & ~surely), PAIRS_AT_ONCE):
                     bits = self._bits(b.start + some // width, gallery, some % width)
                     bins = (bits[bits <= window.last].clamp_(min=window.first - 1) - window.first) >> window.shift
@@ -242,11 +242,6 @@ class _Pairs:
                 for rows, columns in (excluded, *_of_one_label(self.query_labels[b], self.gallery_labels[g])):
                     scores[tensor_of(rows, self.device), tensor_of(columns, self.device)] = torch.inf
                 yield b, g, piece, scores
-
-    def _above(self, b: slice, piece: Piece, distances: Tensor) -> Tensor:
-        """`Products.above`; the limit of the last finite distance, after which comes infinity, is that of infinity."""
-        last = torch.finfo(torch.float32).max
-        return self._products.above(b, piece, distances.masked_fill(distances == last, torch.inf))
 
     def _bits(self, rows: Tensor, gallery: Rows, columns: Tensor) -> Tensor:
         """Distances (pairs,) of queries at `rows` to gallery positions `columns` by definition, as bits int32."""

@@ -38,6 +38,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -204,12 +205,13 @@ class Products:
 
     def limits(self, points: Points, reach: "Reach", distances: Tensor) -> Tensor:
         """As `above`, of any points with any others in reach, at the present scale."""
-        h = self._h(_next_float32(distances).double()) * (1 + EXACT_ARITHMETIC)
+        after = _next_float32(distances)
+        h = self._h(after.double()) * (1 + EXACT_ARITHMETIC)
         h = h + EXACT_ARITHMETIC if self.distance == "cosine" else h
         errors, slack = (_like(column, distances) for column in self._uncertainty(points, reach))
         limits = h + errors * (2 * h).sqrt() + errors.square() / 2 + slack
         limits = _next_float32(limits * (1 + OUTPUT_ROUNDING[self.precision]))
-        return limits.masked_fill_(torch.isinf(distances), torch.inf)  # nothing is farther
+        return limits.masked_fill_(torch.isinf(after), torch.inf)  # hardly anything is farther
 
     def _left(self, b: slice) -> tuple[Points, Tensor]:
         known = self._known.get(b.start)
@@ -271,11 +273,23 @@ class Reach:
         return Reach(max(self.longest, other.longest), max(self.worst, other.worst))
 
 
+@cache
 def fast_precision(device: torch.device) -> Precision:
     """The fastest precision whose products the hardware speeds up: bf16, or fp32 where it has none."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if is_fast and _sums_in_float32(device) else "fp32"
+
+
+def _sums_in_float32(device: torch.device) -> bool:
+    """Whether products of bfloat16 are summed in float32, as the bounds need: 1 + 511 * 2^-9 stays 1 in bfloat16."""
+    terms = torch.full((256, 512), 2.0**-9, dtype=torch.bfloat16, device=device)
+    terms[:, 0] = 1
+    with true_float32(device):
+        sums = terms @ torch.ones(512, 256, dtype=torch.bfloat16, device=device)
+    return bool((sums == 2).all())  # 1.998, rounded once
 
 
 @contextmanager

@@ -226,55 +226,64 @@ def test_equal_embeddings_in_bounded_portions(monkeypatch):
     assert sum(portions) > found.num_impostors
 
 
+def answered(request, genuine: np.ndarray, impostors: np.ndarray, slop: float = 0.0) -> np.ndarray:
+    """A request's answer from lists of distances float32, the impostors' sorted; bounds are off by a share."""
+    bits, wide = impostors.view(np.int32), impostors.astype(np.float64)
+    if isinstance(request, Census):
+        sample = bits[:: max(1, len(bits) // 5000)] >> pair_counts.SAMPLE_SHIFT
+        counts = np.bincount(sample, minlength=pair_counts.SAMPLE_BINS)
+        return np.concatenate([[len(genuine), len(impostors)], counts])
+    if isinstance(request, Bracket):
+        edges = np.array(request.edges, np.int32).view(np.float32).astype(np.float64)
+        sides = (np.searchsorted(wide, edges * (1 - slop)), np.searchsorted(wide, edges * (1 + slop), side="right"))
+        return np.stack(sides)
+    if isinstance(request, Pinpoint):
+        rows = []
+        for window in request.windows:
+            inside = bits[(bits >= window.first) & (bits <= window.last)]
+            counts = np.bincount((inside - window.first) >> window.shift, minlength=pair_counts.WINDOW_BINS)
+            rows.append([(bits < window.first).sum(), *counts])
+        return np.array(rows)
+    return np.array([round(share_at(genuine, threshold) * len(genuine)) for threshold in request.thresholds])
+
+
 @pytest.mark.parametrize("slop", [0, 1e-4, 0.1])
 @pytest.mark.parametrize("few_pairs", [0, 5000])
 def test_the_coordinator_needs_no_more_than_counts(monkeypatch, slop, few_pairs):
-    """A million distances answered from a list, with bounds that are off by a share."""
     monkeypatch.setattr(fnmr, "FEW_PAIRS", few_pairs)
     rng = np.random.default_rng(1)
     genuine = rng.normal(0.6, 0.1, 1000).clip(0).astype(np.float32)
     impostors = np.sort(rng.normal(1.0, 0.1, 10**6).clip(0).astype(np.float32).round(6))
-    bits, wide = impostors.view(np.int32), impostors.astype(np.float64)
-
-    def answer(request):
-        if isinstance(request, Census):
-            sample = rng.choice(bits, 5000) >> pair_counts.SAMPLE_SHIFT
-            counts = np.bincount(sample, minlength=pair_counts.SAMPLE_BINS)
-            return np.concatenate([[len(genuine), len(impostors)], counts])
-        if isinstance(request, Bracket):
-            edges = np.array(request.edges, np.int32).view(np.float32).astype(np.float64)
-            surely, possibly = (
-                np.searchsorted(wide, edges * (1 - slop)),
-                np.searchsorted(wide, edges * (1 + slop), "right"),
-            )
-            return np.stack([surely, possibly])
-        if isinstance(request, Pinpoint):
-            rows = []
-            for window in request.windows:
-                inside = bits[(bits >= window.first) & (bits <= window.last)]
-                counts = np.bincount((inside - window.first) >> window.shift, minlength=pair_counts.WINDOW_BINS)
-                rows.append([(bits < window.first).sum(), *counts])
-            return np.array(rows)
-        return np.array([round(share_at(genuine, threshold) * len(genuine)) for threshold in request.thresholds])
-
     fmr = [0.0, 1e-5, 0.01, 0.5, 0.999, 1.0]
     search, passes = FnmrSearch(fmr), 0
     with pytest.raises(EmbeddingError, match="not known yet"):
         search.results()
     while (request := search.next_request()) is not None:
-        half = answer(request) // 2
-        search.absorb([half, answer(request) - half] if not isinstance(request, Census) else [answer(request)])
+        answer = answered(request, genuine, impostors, slop)
+        search.absorb([answer // 3, answer - answer // 3])
         passes += 1
-        print(
-            request if not isinstance(request, Bracket) else ("B", len(request.edges)),
-            [(p.window, p.most - p.fewest, p.stalled) for p in search._places.values()],
-        )
     assert passes <= 8
     thresholds = np.quantile(impostors, fmr)
     assert [found.threshold for found in search.results()] == thresholds.tolist()
     assert [found.fnmr for found in search.results()] == [share_at(genuine, value) for value in thresholds]
     with pytest.raises(EmbeddingError, match="give the answers to a request"):
         search.absorb([np.zeros(1)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 7]), st.sampled_from([2, 16]), st.sampled_from([0, 1e-6]))
+def test_distances_that_follow_one_another(seed, edges, window_bins, slop):
+    rng = np.random.default_rng(seed)
+    impostors = np.sort(0x3F800000 + rng.integers(-30, 30, 50)).astype(np.int32).view(np.float32)
+    fmr = rng.random(3).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fnmr, "FEW_PAIRS", 0)
+        patch.setattr(fnmr, "EDGES", edges)
+        patch.setattr(pair_counts, "WINDOW_BINS", window_bins)
+        search = FnmrSearch(fmr)
+        while (request := search.next_request()) is not None:
+            search.absorb([answered(request, impostors, impostors, slop)])
+    assert [found.threshold for found in search.results()] == np.quantile(impostors, fmr).tolist()
 
 
 def test_mistakes_are_named():

@@ -73,3 +73,11 @@ def test_the_scale_only_becomes_smaller() -> None:
         products.piece(rows * factor, (rows * factor).double().norm(dim=1))
         scales.append(products.scale)
     assert scales[0] == scales[1] > scales[2] == scales[3]
+
+
+def test_nothing_is_above_the_largest_distances() -> None:
+    rows = torch.ones(1, 2)
+    products = Products(rows, rows.double().norm(dim=1), [slice(0, 1)], "euclidean", "bf16")
+    piece = products.piece(rows, rows.double().norm(dim=1))
+    for distance in (torch.finfo(torch.float32).max, torch.inf):
+        assert torch.isposinf(products.above(slice(0, 1), piece, torch.tensor([distance]))).all()

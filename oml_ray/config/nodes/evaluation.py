@@ -57,6 +57,8 @@ class ExactGallery(OfShards):
 class OfIndexes(OfShards):
     """A gallery that is searched approximately."""
 
+    rescore_factor: Positive = 1
+    """Candidates for each neighbor that are rescored by the definition of distance: above 1 for compressed indexes."""
     index: Annotated[str, Field(min_length=1)] | None = None
     """Folder or URI where built indexes are kept, and loaded from when they are there; null: built each time."""
 
@@ -129,8 +131,8 @@ class Metrics(Node):
     """Average precision over the whole gallery."""
     mrr: bool = False
     """Mean reciprocal rank of the nearest relevant item."""
-    fnmr_at_fmr: list[Annotated[float, Field(ge=0, le=100)]] = []
-    """False match rates, in percent, at which the false non-match rate is computed over all pairs."""
+    fnmr_at_fmr: list[Probability] = []
+    """False match rates, as shares, at which the false non-match rate is computed over all pairs."""
     pcf: list[Probability] = []
     """Shares of the variance that principal components explain, of the gallery's embeddings."""
     bootstrap: Bootstrap = Bootstrap()

@@ -1,0 +1,324 @@
+"""Search without labels: query images are embedded and searched in a store; neighbors and a page come out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+from pyarrow import csv, parquet
+
+from oml_ray import build
+from oml_ray.config import SearchConfig, dump, nodes
+from oml_ray.data.filesystem import is_uri, join, parent, read_bytes, resolve
+from oml_ray.data.images import decode
+from oml_ray.data.table import Table, check_files_exist, table_of
+from oml_ray.data.table_checks import BOX
+from oml_ray.distributed import embed, gallery, runs
+from oml_ray.distributed.evaluate import open_store
+from oml_ray.distributed.gallery import GalleryPool, Part
+from oml_ray.distributed.progress import counting, say
+from oml_ray.distributed.reporting import THUMBNAIL
+from oml_ray.distributed.search import Embedded
+from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.errors import ConfigError, EmbeddingError, ImageError, StorageError, TableError
+from oml_ray.retrieval.neighbors_file import neighbors_writer
+from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
+from oml_ray.retrieval.store import Manifest, Store, fingerprint
+from oml_ray.retrieval.user_embeddings import UserEmbeddings
+from oml_ray.training.run_directory import RunDirectory, write_atomically
+
+QUERIES = "queries.parquet"
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """A whole store that is searched."""
+
+    store: Store
+    manifest: Manifest
+    embeddings: UserEmbeddings
+
+    def part(self) -> Part:
+        """All its instances."""
+        ids = np.sort(self.embeddings.ids())
+        return Part(self.embeddings, ids, np.zeros_like(ids), None)
+
+    def images(self, ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Path and box of some instances, by id."""
+        wanted = np.unique(np.fromiter(ids, np.int64))
+        columns = [name for name in ("id", "path", *BOX) if name in self.embeddings.columns]
+        parts = self.store.parts(self.manifest, columns, wanted)
+        rows = (row for part in parts for row in part.filter(np.isin(part["id"], wanted)).to_pylist())
+        return {row["id"]: row for row in rows}
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A query of the page: its position, its nearest neighbors, and their distances."""
+
+    query: int
+    ids: list[int]
+    distances: list[float]
+
+
+def find(config: SearchConfig) -> None:
+    """Search images in a store; write neighbors and a page into the run.
+
+    Raises:
+        OmlRayError: the user's error, wherever it came up.
+    """
+    config, images, searched, notes = _prepare(config)
+    if runs.is_finished(config):
+        return
+    run = runs.open_run(config)
+    timings: dict[str, float] = {}
+    for note in notes:
+        say(note)
+    with session(_needs(config)), unwrapped():
+        start = time.perf_counter()
+        store, manifest = embed.fill_store(run, images, config.evaluation.embed, config.scaling)
+        bad = store.bad_images(manifest)
+        if len(bad) == len(images.rows):
+            raise ImageError(f"None of the {len(bad)} images of {images.table.source} can be read; first: {bad[0]}")
+        queries = Embedded(images.table, UserEmbeddings(store.filesystem, store.path), bad)
+        timings["search/embed"] = time.perf_counter() - start
+        start = time.perf_counter()
+        counts, shown = _search(run, config, queries, searched.part())
+        timings["search/search"] = time.perf_counter() - start
+    start = time.perf_counter()
+    _write_queries(run, images.table)
+    rows = _rows(config, images.table, searched, shown)
+    timings["search/pictures"] = time.perf_counter() - start
+    document = {
+        "counts": {**counts, "bad_images": len(bad)},
+        "timings": {name: round(value, 3) for name, value in timings.items()},
+        "versions": build.versions(),
+    }
+    page = SearchPage(
+        title=run.name,
+        rows=rows,
+        num_queries=counts["queries"],
+        k=min(config.k, counts["gallery"]),
+        num_shown=config.evaluation.pictures.neighbors,
+        metrics=document,
+        config=dump(config),
+        notes=notes,
+        bad_images=[(images.table.uri(row), reason) for row, reason in bad.items()],
+    )
+    run.write_text(render_search(page), runs.REPORT)
+    # Last: its presence says that the run is finished.
+    run.write_text(json.dumps(document, indent=1), runs.METRICS)
+    say(f"{counts['queries']} queries, {counts['gallery']} gallery items"
+        + (f", {len(bad)} bad images left out" if bad else ""))  # fmt: skip
+    say(f"neighbors: {join(run.uri, runs.NEIGHBORS)}, whose queries {join(run.uri, QUERIES)} names")
+    say(f"report: {join(run.uri, runs.REPORT)}")
+
+
+def dry_run(config: SearchConfig) -> None:
+    """Check everything that can be checked without computing, and print the resolved config."""
+    config, *_ = _prepare(config)
+    check_given(_needs(config))
+    say(dump(config))
+
+
+def _needs(config: SearchConfig) -> Needs:
+    evaluation, scaling = config.evaluation, config.scaling
+    return embed.needs(evaluation.embed, scaling) | gallery.needs(evaluation.gallery, scaling)
+
+
+def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery, list[str]]:
+    """Check all that can be checked before anything starts; return what that made, and what is to be said."""
+    config = runs.resolved(config)
+    _check_apart(config)
+    runs.check_name(config)
+    table, notes = _queries(config)
+    extractor, transform = embed.extractor_of(config.source, config.seed)
+    data = nodes.SplitData(table=config.queries, split="all", **config.data.model_dump())
+    images = embed.Images(data, table, np.arange(len(table)), extractor, transform)
+    searched = _gallery(config, images)
+    if config.k > searched.embeddings.num_rows:
+        found = searched.embeddings.num_rows
+        notes.append(f"The gallery has {found} items: each query has {found} neighbors at most, not k = {config.k}.")
+    return config, images, searched, notes
+
+
+def _check_apart(config: SearchConfig) -> None:
+    """Refuse a run in whose folder lies what it reads: `resume: never` would remove that first."""
+    own = join(config.run.storage, config.run.name)
+    for key in ("gallery", "queries"):
+        uri = getattr(config, key)
+        if f"{uri}/".startswith(f"{own}/"):
+            raise ConfigError(f"{key}: {uri} belongs to the run {own} that this search would write: change run.name.")
+
+
+def _queries(config: SearchConfig) -> tuple[Table, list[str]]:
+    """The query images, and what is to be said of them.
+
+    Raises:
+        OmlRayError: there are none, or what is wrong with their table.
+    """
+    filesystem, path = resolve(config.queries)
+    kind = filesystem.get_file_info(path).type
+    if kind == pyarrow.fs.FileType.NotFound:
+        raise StorageError(f"queries: there is no {config.queries}: give a folder of images, or a table of them.")
+    if kind == pyarrow.fs.FileType.File:
+        return _of_table(config.queries, config.data.root), []
+    if config.data.root is not None:
+        raise ConfigError(f"data.root is for a table of queries, but {config.queries} is a folder: leave it out.")
+    return _of_folder(config.queries)
+
+
+def _of_folder(folder: str) -> tuple[Table, list[str]]:
+    """The images in a folder and in all its folders, in the order of their paths; hidden ones are passed over."""
+    filesystem, base = resolve(folder)
+    try:
+        found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"queries: {folder} cannot be listed: {error}") from None
+    names = sorted(info.path[len(base) :].lstrip("/") for info in found if info.is_file)
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        raise ConfigError(
+            f"queries: the folder {folder} holds no images, but {len(names)} other files: image files end in "
+            f"{', '.join(IMAGE_SUFFIXES)}."
+        )
+    others = len(names) - len(images)
+    notes = [f"{others} files of {folder} are passed over: their names do not end as images' do."] if others else []
+    return table_of(pa.table({"label": np.zeros(len(images), np.int64), "path": images}), folder, folder), notes
+
+
+def _of_table(source: str, root: str | None) -> Table:
+    """The images that a table lists by `path`, with their boxes where there are any; nothing else of it is read."""
+    filesystem, path = resolve(source)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".csv", ".parquet"):
+        raise TableError(f"queries: {source} is neither a folder of images nor a table that ends in .csv or .parquet.")
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(("path", *BOX), pa.large_string()))
+    parsed = csv.ParseOptions(newlines_in_values=True)
+    try:
+        with filesystem.open_input_file(path) as file:
+            is_csv = suffix == ".csv"
+            found = csv.read_csv(file, None, parsed, as_text) if is_csv else parquet.read_table(file)
+        names = [name for name in ("path", *BOX) if name in found.column_names]
+        columns = found.select(names)
+    except (OSError, pa.ArrowException) as error:
+        raise TableError(f"queries: the table {source} cannot be read: {error}") from None
+    if "path" not in names:
+        raise TableError(f"queries: the table {source} has no column path (found: {', '.join(found.column_names)}).")
+    labels = pa.array(np.zeros(len(columns), np.int64))
+    table = table_of(columns.append_column("label", labels), source, parent(source) if root is None else root)
+    check_files_exist(table)
+    return table
+
+
+def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:
+    """Open the store that is searched.
+
+    Raises:
+        EmbeddingError: it is not whole, or was made by something else than what embeds the queries.
+    """
+    store = open_store(config.gallery)
+    manifest = store.whole()
+    state = {name: tensor.numpy() for name, tensor in images.extractor.state_dict().items()}
+    here = {"weights": fingerprint(state), "transform": images.transform.model_dump()}
+    there = {"weights": manifest.weights, "transform": manifest.transform}
+    if differing := [f"{key} ({there[key]} there, {here[key]} in source)" for key in here if here[key] != there[key]]:
+        raise EmbeddingError(
+            f"gallery: the store {store.path} was made by something else than source: {'; '.join(differing)}. Give the "
+            "source that it was made by, or embed the gallery with this one."
+        )
+    return Gallery(store, manifest, UserEmbeddings(store.filesystem, store.path))
+
+
+def _search(
+    run: RunDirectory, config: SearchConfig, queries: Embedded, part: Part
+) -> tuple[dict[str, int], list[Shown]]:
+    """Write the neighbors of all queries; return counts, and what the page shows."""
+    node, pictures = config.evaluation.gallery, config.evaluation.pictures
+    k, ids = min(config.k, len(part.ids)), queries.queries()
+    # Queries and gallery are numbered apart: with an id of its own, no query excludes a gallery item.
+    offset = int(part.ids[-1]) + 1
+    blocks = (replace(block, ids=block.ids + offset) for block in queries.blocks(ids, node.block_rows))
+    num_neighbors, shown = 0, list[Shown]()
+    pool = GalleryPool(part, node, use_gpu=config.scaling.use_gpu)
+    try:
+        with (
+            neighbors_writer(*resolve(str(run.path(runs.NEIGHBORS))), k) as write,
+            counting("searching", len(ids), "queries") as done,
+        ):
+            for block, found in pool.search(blocks, k):
+                write(block.ids - offset, found)
+                num_neighbors += int(found.counts.sum())
+                for row in range(min(len(found), pictures.queries - len(shown))):
+                    places = slice(0, min(int(found.counts[row]), pictures.neighbors))
+                    nearest, distances = found.ids[row, places].tolist(), found.distances[row, places].tolist()
+                    shown.append(Shown(int(block.ids[row]) - offset, nearest, distances))
+                done(len(found))
+    finally:
+        pool.close()
+    run.publish(runs.NEIGHBORS)
+    counts = {"queries": len(ids), "gallery": len(part.ids), "neighbors": num_neighbors}
+    return {**counts, "second_searches": pool.second_searches}, shown
+
+
+def _write_queries(run: RunDirectory, table: Table) -> None:
+    """Write the path of each query, under the ids that the neighbors' file has."""
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"query_id": np.arange(len(table)), "path": table.paths}), sink)
+    write_atomically(run.path(QUERIES), sink.getvalue().to_pybytes())
+    run.publish(QUERIES)
+
+
+def _rows(config: SearchConfig, table: Table, searched: Gallery, shown: list[Shown]) -> list[SearchRow]:
+    """Queries and neighbors with their pictures, where these can be found."""
+    images = searched.images(row for query in shown for row in query.ids)
+    max_pixels, rows = config.data.max_pixels, []
+    for query in shown:
+        box = None if table.boxes is None else table.boxes[query.query].tolist()
+        picture, problem = _picture(table.uri(query.query), box, max_pixels)
+        path = table.paths[query.query].as_py()
+        neighbors = []
+        for row, distance in zip(query.ids, query.distances, strict=True):
+            image = images[row]
+            uri = _gallery_uri(image["path"], config.gallery_root)
+            box = [image[side] for side in BOX] if BOX[0] in image else None
+            neighbors.append(SearchItem(f"id {row}", image["path"], *_picture(uri, box, max_pixels), distance))
+        rows.append(SearchRow(SearchItem(f"query {query.query}", path, picture, problem), neighbors))
+    return rows
+
+
+def _gallery_uri(path: str, root: str | None) -> str | None:
+    if is_uri(path) or os.path.isabs(path):
+        return path
+    return None if root is None else join(root, path)
+
+
+def _picture(uri: str | None, box: list[int] | None, max_pixels: int) -> tuple[bytes | None, str]:
+    """A small JPEG of an image that can be found, and what is wrong with it."""
+    if uri is None:
+        return None, ""
+    buffer = io.BytesIO()
+    cut = None if box is None or box[0] < 0 else (box[0], box[1], box[2], box[3])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata in files that decode nevertheless
+            image = decode(read_bytes(uri), uri, cut, max_pixels)
+    except (ImageError, StorageError) as error:
+        return None, str(error)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue(), ""
