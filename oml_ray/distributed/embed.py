@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from oml_ray import build
@@ -230,8 +231,12 @@ def columns_of(table: Table, ids: Ids) -> dict[str, Any]:
         "is_query": table.is_query[ids],
         "is_gallery": table.is_gallery[ids],
         "category": pa.array(names[codes], pa.string()),
-        "sequence": table.sequences[ids],
+        "sequence": _or_null(table.sequences[ids]),
     }
     if table.boxes is not None:
-        columns |= {name: table.boxes[ids, side] for side, name in enumerate(("x_1", "y_1", "x_2", "y_2"))}
+        columns |= {name: _or_null(table.boxes[ids, side]) for side, name in enumerate(("x_1", "y_1", "x_2", "y_2"))}
     return columns
+
+
+def _or_null(codes: NDArray[Any]) -> pa.Array:
+    return pa.array(codes, mask=codes < 0)

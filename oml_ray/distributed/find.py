@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-from pyarrow import csv, parquet
+from pyarrow import parquet
 
 from oml_ray import build
 from oml_ray.config import SearchConfig, dump, nodes
-from oml_ray.data.filesystem import is_uri, join, parent, read_bytes, resolve
+from oml_ray.data.filesystem import is_uri, join, read_bytes, resolve
 from oml_ray.data.images import decode
-from oml_ray.data.table import Table, check_files_exist, table_of
+from oml_ray.data.queries import read_queries
+from oml_ray.data.table import Table
 from oml_ray.data.table_checks import BOX
 from oml_ray.distributed import embed, gallery, runs
 from oml_ray.distributed.evaluate import open_store
@@ -29,7 +29,7 @@ from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.reporting import THUMBNAIL
 from oml_ray.distributed.search import Embedded
 from oml_ray.distributed.session import Needs, check_given, session, unwrapped
-from oml_ray.errors import ConfigError, EmbeddingError, ImageError, StorageError, TableError
+from oml_ray.errors import ConfigError, EmbeddingError, ImageError, StorageError
 from oml_ray.retrieval.neighbors_file import neighbors_writer
 from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
 from oml_ray.retrieval.store import Manifest, Store, fingerprint
@@ -37,10 +37,6 @@ from oml_ray.retrieval.user_embeddings import UserEmbeddings
 from oml_ray.training.run_directory import RunDirectory, write_atomically
 
 QUERIES = "queries.parquet"
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +140,14 @@ def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery,
     config = runs.resolved(config)
     _check_apart(config)
     runs.check_name(config)
-    table, notes = _queries(config)
+    table, num_others = read_queries(config.queries, config.data.root)
     extractor, transform = embed.extractor_of(config.source, config.seed)
     data = nodes.SplitData(table=config.queries, split="all", **config.data.model_dump())
     images = embed.Images(data, table, np.arange(len(table)), extractor, transform)
     searched = _gallery(config, images)
+    notes = []
+    if num_others:
+        notes.append(f"{num_others} file(s) in {config.queries} are passed over: their names are not those of images.")
     if config.k > searched.embeddings.num_rows:
         found = searched.embeddings.num_rows
         notes.append(f"The gallery has {found} items: each query has {found} neighbors at most, not k = {config.k}.")
@@ -162,67 +161,6 @@ def _check_apart(config: SearchConfig) -> None:
         uri = getattr(config, key)
         if f"{uri}/".startswith(f"{own}/"):
             raise ConfigError(f"{key}: {uri} belongs to the run {own} that this search would write: change run.name.")
-
-
-def _queries(config: SearchConfig) -> tuple[Table, list[str]]:
-    """The query images, and what is to be said of them.
-
-    Raises:
-        OmlRayError: there are none, or what is wrong with their table.
-    """
-    filesystem, path = resolve(config.queries)
-    kind = filesystem.get_file_info(path).type
-    if kind == pyarrow.fs.FileType.NotFound:
-        raise StorageError(f"queries: there is no {config.queries}: give a folder of images, or a table of them.")
-    if kind == pyarrow.fs.FileType.File:
-        return _of_table(config.queries, config.data.root), []
-    if config.data.root is not None:
-        raise ConfigError(f"data.root is for a table of queries, but {config.queries} is a folder: leave it out.")
-    return _of_folder(config.queries)
-
-
-def _of_folder(folder: str) -> tuple[Table, list[str]]:
-    """The images in a folder and in all its folders, in the order of their paths; hidden ones are passed over."""
-    filesystem, base = resolve(folder)
-    try:
-        found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"queries: {folder} cannot be listed: {error}") from None
-    names = sorted(info.path[len(base) :].lstrip("/") for info in found if info.is_file)
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    if not images:
-        raise ConfigError(
-            f"queries: the folder {folder} holds no images, but {len(names)} other files: image files end in "
-            f"{', '.join(IMAGE_SUFFIXES)}."
-        )
-    others = len(names) - len(images)
-    notes = [f"{others} files of {folder} are passed over: their names do not end as images' do."] if others else []
-    return table_of(pa.table({"label": np.zeros(len(images), np.int64), "path": images}), folder, folder), notes
-
-
-def _of_table(source: str, root: str | None) -> Table:
-    """The images that a table lists by `path`, with their boxes where there are any; nothing else of it is read."""
-    filesystem, path = resolve(source)
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".csv", ".parquet"):
-        raise TableError(f"queries: {source} is neither a folder of images nor a table that ends in .csv or .parquet.")
-    as_text = csv.ConvertOptions(column_types=dict.fromkeys(("path", *BOX), pa.large_string()))
-    parsed = csv.ParseOptions(newlines_in_values=True)
-    try:
-        with filesystem.open_input_file(path) as file:
-            is_csv = suffix == ".csv"
-            found = csv.read_csv(file, None, parsed, as_text) if is_csv else parquet.read_table(file)
-        names = [name for name in ("path", *BOX) if name in found.column_names]
-        columns = found.select(names)
-    except (OSError, pa.ArrowException) as error:
-        raise TableError(f"queries: the table {source} cannot be read: {error}") from None
-    if "path" not in names:
-        raise TableError(f"queries: the table {source} has no column path (found: {', '.join(found.column_names)}).")
-    labels = pa.array(np.zeros(len(columns), np.int64))
-    table = table_of(columns.append_column("label", labels), source, parent(source) if root is None else root)
-    check_files_exist(table)
-    return table
 
 
 def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:

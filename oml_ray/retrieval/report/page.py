@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from oml_ray.errors import ImageError, StorageError
 from oml_ray.retrieval.approximation import ComparedSetting
+from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import plots
 from oml_ray.retrieval.report.content import Picture, Report
 
@@ -154,9 +155,11 @@ def _scores(node: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, _Sco
 
 
 def _metric_name(key: str) -> str:
-    """`cmc.1` -> `cmc@1`, `fnmr.0.01` -> `fnmr@0.01`, `map.r` -> `map@r`; another key stays as it is."""
+    """`cmc.1` -> `cmc@1`, `pcf.0.5` -> `pcf@0.5`, `map_r.all` -> `map_r`; another key stays as it is."""
     family, _, rank = key.partition(".")
-    return f"{family}@{rank}" if rank == "r" or rank[:1].isdigit() else key
+    if rank == ALL:
+        return family
+    return f"{family}@{rank}" if rank[:1].isdigit() else key
 
 
 def _metric_row(name: str, score: _Score, before: _Score) -> _MetricRow:
