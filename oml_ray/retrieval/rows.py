@@ -105,7 +105,7 @@ class Rows:
 
     def part(self, block: slice) -> Rows:
         """Some of the rows; their embeddings are not read yet."""
-        places = np.arange(len(self))[block] if self.places is None else self.places[block]
+        places = np.arange(*block.indices(len(self))) if self.places is None else self.places[block]
         sequences = None if self.sequences is None else self.sequences[block]
         return Rows(self.ids[block], self.embeddings, sequences, places, self.name)
 
