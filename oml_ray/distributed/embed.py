@@ -6,6 +6,7 @@ that are missing, and every row is embedded exactly once.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +33,9 @@ from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval.store import Manifest, Store, fingerprint
 from oml_ray.training.run_directory import RunDirectory
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+KEPT_BYTES = 2**30  # memory of this size or less stays with the process when it is freed
 
 
 def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
@@ -113,19 +117,26 @@ def dry_run(config: EmbedConfig) -> None:
 def _prepare(config: EmbedConfig) -> tuple[EmbedConfig, Images]:
     """Check all that can be checked before anything starts; return what that made."""
     config = runs.resolved(config)
+    runs.check_apart(config)
     runs.check_name(config)
     return config, images_of(config.source, config.data, config.run.storage, config.seed)
+
+
+def weights_of(extractor: Extractor) -> str:
+    """Fingerprint of all that decides on an image's embedding: weights, normalisation of pixels and of embeddings."""
+    state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
+    others = {"mean": extractor.mean.numpy(), "std": extractor.std.numpy(), "normalize": np.array(extractor.normalize)}
+    return fingerprint({**state, **others})
 
 
 def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: nodes.Scaling) -> tuple[Store, Manifest]:
     """Embed the rows that the run's store is missing, in a session that is there; return the whole store."""
     extractor, table, rows, transform = images.extractor, images.table, images.rows, images.transform
-    state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
     manifest = Manifest(
         num_rows=len(rows),
         rows_per_part=node.rows_per_part,
         embedding_dim=extractor.embedding_dim,
-        weights=fingerprint(state),
+        weights=weights_of(extractor),
         transform=transform.model_dump(),
         table=table.fingerprint,
         split=images.data.split,
@@ -149,7 +160,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     )
     dataset = dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(ray.put(extractor), shared, store, node.batch_size, scaling.use_gpu, node.dtype),
+        fn_constructor_args=(ray.put(extractor), shared, store, node, scaling.use_gpu),
         batch_size=None,
         compute=_pool(node),
         num_cpus=node.cpus_per_actor,
@@ -179,6 +190,21 @@ def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Ro
     return {"part": parts, **pack(outcomes, min(rows_per_part, len(rows)), loader.transform.size)}
 
 
+def make_fast(extractor: Extractor, device: torch.device, num_threads: int) -> Extractor:
+    """Put an extractor into evaluation on a device, and this process into the state that it is fastest in there.
+
+    On CPUs convolutions take half the time with channels last, and freed memory that glibc gives back to the system at
+    every batch, only to have it zeroed anew for the next, costs up to twice the network's own time.
+    """
+    torch.set_num_threads(num_threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # only glibc has it, and needs it
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    extractor.to(device).eval().use_channels_last()
+    return extractor
+
+
 class _Embedder:
     """One actor of the pool: embeds loaded parts and writes them."""
 
@@ -187,14 +213,13 @@ class _Embedder:
         extractor: ray.ObjectRef[Any],
         shared: ray.ObjectRef[Any],
         store: Store,
-        batch_size: int,
+        node: nodes.Embed,
         use_gpu: bool,
-        dtype: str,
     ) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.extractor: Extractor = ray.get(extractor).to(self.device).eval()
+        self.extractor = make_fast(ray.get(extractor), self.device, node.cpus_per_actor)
         loader: EvaluationLoader = fetched(shared)[0]
-        self.table, self.store, self.batch_size, self.dtype = loader.reader.table, store, batch_size, dtype
+        self.table, self.store, self.batch_size, self.dtype = loader.reader.table, store, node.batch_size, node.dtype
 
     def __call__(self, block: Row) -> Row:
         notes = []

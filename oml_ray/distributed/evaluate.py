@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig, dump, nodes
@@ -95,6 +96,7 @@ def _needs(config: EvaluateConfig) -> Needs:
 def _prepare(config: EvaluateConfig) -> tuple[EvaluateConfig, embed.Images | None, Embedded | None]:
     """Check all that can be checked before anything starts; return what is to embed, or what is embedded."""
     config = runs.resolved(config)
+    runs.check_apart(config)
     runs.check_name(config)
     if isinstance(config.source, nodes.CheckpointSource | nodes.ExtractorSource):
         assert config.data is not None
@@ -131,9 +133,8 @@ def from_store(uri: str, table: Table | None) -> Embedded:
                 f"data.table: {table.source} is not the table that the store {store.path} was made from: give that "
                 "one, or leave data out (the store brings its labels itself)."
             )
-        rows = np.setdiff1d(np.concatenate([table.query_ids, table.gallery_ids]), embeddings.ids())
         bad = store.bad_images(manifest)
-        if len(lost := np.setdiff1d(rows, np.fromiter(bad, np.int64, len(bad)))):
+        if len(lost := np.setdiff1d(_lacking(table, embeddings), np.fromiter(bad, np.int64, len(bad)))):
             raise ConfigError(
                 f"source.store: {store.path} was made with data.split: {manifest.split} and lacks {len(lost)} "
                 f"validation rows, first: {lost[:5].tolist()}: embed them."
@@ -168,7 +169,18 @@ def from_files(uri: str, table: Table | None, data: nodes.SplitData | None) -> E
             )
         if embeddings.num_rows != len(table):
             embeddings = embeddings.named(rows)
+    elif len(lost := _lacking(table, embeddings)):
+        raise ConfigError(
+            f"source.embeddings: {uri} has no embedding for {len(lost)} rows that are queries or gallery in the table "
+            f"{table.source}, first: {lost[:5].tolist()}: add them (its column id must hold row numbers of the table, "
+            "from 0), or leave data out to evaluate the file by its own columns."
+        )
     return Embedded(table, embeddings)
+
+
+def _lacking(table: Table, embeddings: UserEmbeddings) -> NDArray[np.int64]:
+    """Rows that are evaluated, but not among the embeddings."""
+    return np.setdiff1d(np.concatenate([table.query_ids, table.gallery_ids]), embeddings.ids())
 
 
 def embed_validation(

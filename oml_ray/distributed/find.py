@@ -29,14 +29,12 @@ from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.reporting import THUMBNAIL
 from oml_ray.distributed.search import Embedded
 from oml_ray.distributed.session import Needs, check_given, session, unwrapped
-from oml_ray.errors import ConfigError, EmbeddingError, ImageError, StorageError
+from oml_ray.errors import EmbeddingError, ImageError, StorageError
 from oml_ray.retrieval.neighbors_file import neighbors_writer
 from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
-from oml_ray.retrieval.store import Manifest, Store, fingerprint
+from oml_ray.retrieval.store import Manifest, Store
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 from oml_ray.training.run_directory import RunDirectory, write_atomically
-
-QUERIES = "queries.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +95,8 @@ def find(config: SearchConfig) -> None:
     start = time.perf_counter()
     _write_queries(run, images.table)
     rows = _rows(config, images.table, searched, shown)
+    if any(item.image is None and not item.problem for row in rows for item in row.neighbors):
+        notes.append("The store's image paths are relative: set gallery_root, where they start, to see its pictures.")
     timings["search/pictures"] = time.perf_counter() - start
     document = {
         "counts": {**counts, "bad_images": len(bad)},
@@ -119,7 +119,7 @@ def find(config: SearchConfig) -> None:
     run.write_text(json.dumps(document, indent=1), runs.METRICS)
     say(f"{counts['queries']} queries, {counts['gallery']} gallery items"
         + (f", {len(bad)} bad images left out" if bad else ""))  # fmt: skip
-    say(f"neighbors: {join(run.uri, runs.NEIGHBORS)}, whose queries {join(run.uri, QUERIES)} names")
+    say(f"neighbors: {join(run.uri, runs.NEIGHBORS)}; the queries' paths: {join(run.uri, runs.QUERIES)}")
     say(f"report: {join(run.uri, runs.REPORT)}")
 
 
@@ -138,7 +138,7 @@ def _needs(config: SearchConfig) -> Needs:
 def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery, list[str]]:
     """Check all that can be checked before anything starts; return what that made, and what is to be said."""
     config = runs.resolved(config)
-    _check_apart(config)
+    runs.check_apart(config)
     runs.check_name(config)
     table, num_others = read_queries(config.queries, config.data.root)
     extractor, transform = embed.extractor_of(config.source, config.seed)
@@ -154,15 +154,6 @@ def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery,
     return config, images, searched, notes
 
 
-def _check_apart(config: SearchConfig) -> None:
-    """Refuse a run in whose folder lies what it reads: `resume: never` would remove that first."""
-    own = join(config.run.storage, config.run.name)
-    for key in ("gallery", "queries"):
-        uri = getattr(config, key)
-        if f"{uri}/".startswith(f"{own}/"):
-            raise ConfigError(f"{key}: {uri} belongs to the run {own} that this search would write: change run.name.")
-
-
 def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:
     """Open the store that is searched.
 
@@ -171,8 +162,7 @@ def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:
     """
     store = open_store(config.gallery)
     manifest = store.whole()
-    state = {name: tensor.numpy() for name, tensor in images.extractor.state_dict().items()}
-    here = {"weights": fingerprint(state), "transform": images.transform.model_dump()}
+    here = {"weights": embed.weights_of(images.extractor), "transform": images.transform.model_dump()}
     there = {"weights": manifest.weights, "transform": manifest.transform}
     if differing := [f"{key} ({there[key]} there, {here[key]} in source)" for key in here if here[key] != there[key]]:
         raise EmbeddingError(
@@ -217,8 +207,8 @@ def _write_queries(run: RunDirectory, table: Table) -> None:
     """Write the path of each query, under the ids that the neighbors' file has."""
     sink = pa.BufferOutputStream()
     parquet.write_table(pa.table({"query_id": np.arange(len(table)), "path": table.paths}), sink)
-    write_atomically(run.path(QUERIES), sink.getvalue().to_pybytes())
-    run.publish(QUERIES)
+    write_atomically(run.path(runs.QUERIES), sink.getvalue().to_pybytes())
+    run.publish(runs.QUERIES)
 
 
 def _rows(config: SearchConfig, table: Table, searched: Gallery, shown: list[Shown]) -> list[SearchRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from oml_ray import build
@@ -12,6 +12,7 @@ from oml_ray.config import (
     EmbedConfig,
     EvaluateConfig,
     SearchConfig,
+    SweepConfig,
     TrainConfig,
     differing_keys,
     dump,
@@ -20,17 +21,17 @@ from oml_ray.config import (
 )
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
-from oml_ray.errors import RunError
+from oml_ray.errors import ConfigError, RunError
 from oml_ray.training.run_directory import RunDirectory
 
 CONFIG, METRICS, REPORT, EMBEDDINGS = "config.yaml", "metrics.json", "report.html", "embeddings"
-NEIGHBORS, PER_QUERY = "neighbors.parquet", "per_query.parquet"
+NEIGHBORS, PER_QUERY, QUERIES = "neighbors.parquet", "per_query.parquet", "queries.parquet"
 
 # Keys whose text is a path or a URI.
 PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddings", "index", "queries", "gallery",
          "gallery_root"}  # fmt: skip
 
-Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig
+Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig | SweepConfig
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
@@ -49,6 +50,28 @@ def _resolved(node: Any) -> Any:
         if name in PATHS and isinstance(value, str) and value != build.FIGURES:
             updates[name] = _absolute(value)
     return node.model_copy(update=updates)
+
+
+def check_apart(config: Config) -> None:
+    """Refuse a run in whose folder lies what it reads: `resume: never` would remove that first.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    own = join(config.run.storage, config.run.name)
+    for key, uri in _paths(config):
+        if f"{uri}/".startswith(f"{own}/"):
+            raise ConfigError(f"{key}: {uri} belongs to the run {own} that would be written: change run.name.")
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key of a config whose value is a path."""
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        if isinstance(value, nodes.Node):
+            yield from _paths(value, f"{prefix}{name}.")
+        elif name in PATHS and isinstance(value, str) and value != build.FIGURES:
+            yield f"{prefix}{name}", value
 
 
 def check_name(config: Config) -> None:
@@ -101,10 +124,8 @@ def open_run(config: Config) -> RunDirectory:
                 "choose another run.name, or remove the folder yourself."
             )
         # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
-        clear(
-            run,
-            [METRICS, REPORT, NEIGHBORS, PER_QUERY, EMBEDDINGS, "checkpoints", "tensorboard", "history.jsonl", CONFIG],
-        )
+        results = [METRICS, REPORT, NEIGHBORS, PER_QUERY, QUERIES, EMBEDDINGS]
+        clear(run, [*results, "checkpoints", "tensorboard", "history.jsonl", CONFIG])
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     return run

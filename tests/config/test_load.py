@@ -7,12 +7,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oml_ray.config import EmbedConfig, EvaluateConfig, TrainConfig, apply_overrides, differing_keys, dump, load
+from oml_ray.config import (
+    EmbedConfig,
+    EvaluateConfig,
+    SearchConfig,
+    TrainConfig,
+    apply_overrides,
+    differing_keys,
+    dump,
+    load,
+)
 from oml_ray.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIGURES = CONFIGS / "train" / "figures.yaml"
-SCHEMAS = {"train": TrainConfig, "embed": EmbedConfig, "evaluate": EvaluateConfig}
+SCHEMAS = {"train": TrainConfig, "embed": EmbedConfig, "evaluate": EvaluateConfig, "search": SearchConfig}
 SHIPPED = sorted(path for verb in SCHEMAS for path in (CONFIGS / verb).glob("*.yaml"))
 
 

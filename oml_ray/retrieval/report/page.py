@@ -86,8 +86,8 @@ def render(report: Report) -> str:
     before = dict(_scores((report.baseline or {}).get("overall", {})))
     categories = {str(name): dict(_scores(node)) for name, node in report.metrics.get("categories", {}).items()}
     pairs = {"positive": _finite(report.positive_distances), "negative": _finite(report.negative_distances)}
-    script = _resource("page.js")
-    template = _environment().from_string(_resource("page.html.j2"))
+    script = resource("page.js")
+    template = environment().from_string(resource("page.html.j2"))
     return template.render(
         report=report,
         metrics=[_metric_row(name, score, before.get(name, _Score())) for name, score in overall.items()],
@@ -99,24 +99,24 @@ def render(report: Report) -> str:
         pairs=_pairs(pairs),
         comparison_metrics=_comparison_metrics(report.comparisons),
         comparison_plot=_comparison_plot(report.comparisons),
-        counts=dict(_facts(report.metrics.get("counts", {}))),
-        timings=dict(_facts(report.metrics.get("timings", {}))),
-        versions=dict(_facts(report.metrics.get("versions", {}))),
+        counts=dict(facts(report.metrics.get("counts", {}))),
+        timings=dict(facts(report.metrics.get("timings", {}))),
+        versions=dict(facts(report.metrics.get("versions", {}))),
         max_bars=plots.MAX_BARS,
         max_bad_images=MAX_BAD_IMAGES,
-        style=Markup(_resource("style.css")),
+        style=Markup(resource("style.css")),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "bytes": _bytes,
         "fact": _fact,
         "interval": _interval,
-        "metric_name": _metric_name,
+        "metric_name": metric_name,
         "number": _number,
         "signed": lambda value: ("+" if value is not None and value >= 0 else "") + _number(value),
     }
@@ -124,7 +124,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -146,15 +146,15 @@ def _scores(node: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, _Sco
     for key, value in node.items():
         path = f"{name}.{key}" if name else str(key)
         if not isinstance(value, Mapping):
-            yield _metric_name(path), _Score(_known(value))
+            yield metric_name(path), _Score(_known(value))
         elif "value" in value:
             low, high = value.get("ci95") or (None, None)
-            yield _metric_name(path), _Score(_known(value["value"]), _known(low), _known(high))
+            yield metric_name(path), _Score(_known(value["value"]), _known(low), _known(high))
         else:
             yield from _scores(value, path)
 
 
-def _metric_name(key: str) -> str:
+def metric_name(key: str) -> str:
     """`cmc.1` -> `cmc@1`, `pcf.0.5` -> `pcf@0.5`, `map_r.all` -> `map_r`; another key stays as it is."""
     family, _, rank = key.partition(".")
     if rank == ALL:
@@ -200,7 +200,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 xs.append(x)
                 ys.append(y)
     for (kind, family), of_key in drawn.items():
-        lines = [plots.Line(_metric_name(key), xs, ys) for key, (xs, ys) in of_key.items()]
+        lines = [plots.Line(metric_name(key), xs, ys) for key, (xs, ys) in of_key.items()]
         name = _CURVE_TITLES.get(family, lines[0].name if len(lines) == 1 else family)
         title = name if kind == "train" else f"{kind}: {name}"
         yield plots.lines(title, "epoch" if kind == "validation" else "step", lines)
@@ -275,12 +275,12 @@ def _interval(score: _Score) -> str:
     return _NOTHING if score.low is None or score.high is None else f"[{_number(score.low)}, {_number(score.high)}]"
 
 
-def _facts(node: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+def facts(node: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a tree, named by their path."""
     for key, value in node.items():
         path = f"{name}.{key}" if name else str(key)
         if isinstance(value, Mapping):
-            yield from _facts(value, path)
+            yield from facts(value, path)
         else:
             yield path, value
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from oml_ray.retrieval.report.page import MAX_BAD_IMAGES, _environment, _facts, _resource
+from oml_ray.retrieval.report.page import MAX_BAD_IMAGES, environment, facts, resource
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def render_search(page: SearchPage) -> str:
         >>> "&lt;b&gt;.png" in render_search(SearchPage("cats", [row], 1, 1, 1, {}, "k: 1"))
         True
     """
-    facts = {name.capitalize(): dict(_facts(page.metrics.get(name, {}))) for name in ("counts", "timings", "versions")}
+    sections = {name.capitalize(): dict(facts(page.metrics.get(name, {}))) for name in ("counts", "timings", "versions")}
     return (
-        _environment()
-        .from_string(_resource("search.html.j2"))
+        environment()
+        .from_string(resource("search.html.j2"))
         .render(
             page=page,
-            facts={title: rows for title, rows in facts.items() if rows},
+            facts={title: rows for title, rows in sections.items() if rows},
             max_bad_images=MAX_BAD_IMAGES,
-            style=Markup(_resource("style.css")),
+            style=Markup(resource("style.css")),
         )
     )
