@@ -142,7 +142,7 @@ def from_store(uri: str, table: Table | None) -> Embedded:
         return Embedded(table, embeddings, bad)
     columns = embeddings.table()
     assert columns is not None
-    return Embedded(table_of(columns, store.path), embeddings, has_images=False)
+    return Embedded(table_of(columns, store.path), embeddings, has_images=False, left_out=store.bad_images(manifest))
 
 
 def from_files(uri: str, table: Table | None, data: nodes.SplitData | None) -> Embedded:
@@ -227,7 +227,7 @@ def measure(
             "queries": len(found.queries),
             "gallery": found.num_gallery,
             "without_ground_truth": int((found.num_relevant == 0).sum()),
-            "bad_images": len(bad),
+            "bad_images": len(bad) + len(embedded.left_out),
             "second_searches": found.second_searches,
         },
         "timings": {**training_timings(history), **{name: round(value, 3) for name, value in timings.items()}},
@@ -246,7 +246,10 @@ def measure(
         worst=query_rows(found, embedded, config, worst_queries(found)),
         random=query_rows(found, embedded, config, random_queries(found)),
         config=dump(config),
-        bad_images=[(table.uri(int(row)), reason) for row, reason in bad.items()],
+        bad_images=[
+            *((table.uri(int(row)), reason) for row, reason in bad.items()),
+            *((f"row {row}", reason) for row, reason in embedded.left_out.items()),
+        ],
         comparisons=comparisons,
     )
     write_report(run.path(runs.REPORT), report)

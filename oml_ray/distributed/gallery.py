@@ -25,7 +25,7 @@ from oml_ray.config import nodes
 from oml_ray.data.filesystem import join, resolve
 from oml_ray.data.samplers import Ids
 from oml_ray.distributed.session import Needs
-from oml_ray.errors import EmbeddingError
+from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.retrieval import exact, ranks
 from oml_ray.retrieval.fnmr import FnmrAtFmr, FnmrSearch
 from oml_ray.retrieval.index import GalleryIndex
@@ -98,10 +98,28 @@ class GalleryShard:
     def __init__(self, part: Part, gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
         torch.set_num_threads(gallery.cpus_per_shard)
         self.part, self.gallery, self.device = part, gallery, "cuda" if use_gpu else "cpu"
-        self.rows = part.load("gallery")
+        self.index: GalleryIndex | None = None
+        self.build_s = 0.0
+        self.failure: OmlRayError | None = None
+        try:
+            self._load(index, use_gpu)
+        except OmlRayError as error:
+            # Raised here, Ray would tell its text alone, inside a trace: it waits until it is asked for.
+            self.failure = error
+
+    def _load(self, index: str | None, use_gpu: bool) -> None:
+        self._rows = self.part.load("gallery")
         start = time.perf_counter()
-        self.index = None if isinstance(gallery, nodes.ExactGallery) else self._index(gallery, index, use_gpu)
+        if not isinstance(self.gallery, nodes.ExactGallery):
+            self.index = self._index(self.gallery, index, use_gpu)
         self.build_s = time.perf_counter() - start
+
+    @property
+    def rows(self) -> Rows:
+        """The instances with their embeddings; raises what was wrong with them, or with their index."""
+        if self.failure is not None:
+            raise self.failure
+        return self._rows
 
     def _index(
         self, gallery: nodes.FaissGallery | nodes.HnswlibGallery, uri: str | None, use_gpu: bool
@@ -116,6 +134,10 @@ class GalleryShard:
         index = GalleryIndex.build(settings, self.rows, **options)
         index.save(filesystem, path)
         return index
+
+    def refusal(self) -> OmlRayError | None:
+        """What was wrong with the embeddings or the index, if anything."""
+        return self.failure
 
     def cost(self) -> tuple[int, float]:
         """Bytes of the index, without the embeddings, and seconds to build or load it."""
@@ -207,12 +229,15 @@ class GalleryPool:
     """All shards of a gallery."""
 
     def __init__(self, part: Part, gallery: nodes.Gallery, *, use_gpu: bool) -> None:
-        """Start the shards; they load in parallel.
+        """Start the shards, which load in parallel, and wait for them.
 
         Args:
             part: the whole gallery, its ids sorted.
             gallery: backend, number of shards, distance and blocks.
             use_gpu: have the shards share a GPU (each its part of it, on as many as there are).
+
+        Raises:
+            OmlRayError: embeddings that cannot be searched, or an index that cannot be built of them.
         """
         count = max(1, min(gallery.shards, len(part.ids)))
         bounds = [shard * len(part.ids) // count for shard in range(count + 1)]
@@ -225,6 +250,10 @@ class GalleryPool:
             for shard, own in enumerate(self.parts)
         ]
         self.second_searches = 0
+        refusals: list[OmlRayError | None] = ray.get([shard.refusal.remote() for shard in self.shards])
+        for refusal in filter(None, refusals):
+            self.close()
+            raise refusal
 
     def search(self, blocks: Iterator[Block], k: int) -> Iterator[tuple[Block, Neighbors]]:
         """Answer query blocks in order, a bounded number in flight.

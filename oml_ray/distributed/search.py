@@ -36,6 +36,8 @@ class Embedded:
     """Row id -> reason of every row without an embedding."""
     has_images: bool = True
     """Whether the table's images can be shown."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """As `bad`, by the rows of another table: that which a store was made from, where it is not given."""
 
     @property
     def sequences(self) -> Ids | None:

@@ -140,7 +140,7 @@ class Store:
         table = pa.table({**columns, "embedding": vectors})
         table = table.replace_schema_metadata({BAD_IMAGES: json.dumps({str(k): v for k, v in bad.items()})})
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self._write(part_name(part), sink.getvalue())
 
     def parts(self, manifest: Manifest, columns: list[str], ids: Ids | None = None) -> Iterator[pa.Table]:
@@ -158,7 +158,9 @@ class Store:
             with self._reading(part) as name:
                 if ids is not None and not self._may_hold(name, ids):
                     continue
-                table = pq.read_table(name, columns=columns, filesystem=self.filesystem)
+                table = pq.read_table(
+                    name, columns=columns, filesystem=self.filesystem, page_checksum_verification=True
+                )
             yield table
 
     @contextmanager
