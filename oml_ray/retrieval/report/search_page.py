@@ -80,7 +80,8 @@ def render_search(page: SearchPage) -> str:
         >>> "&lt;b&gt;.png" in render_search(SearchPage("cats", [row], 1, 1, 1, {}, "k: 1"))
         True
     """
-    sections = {name.capitalize(): dict(facts(page.metrics.get(name, {}))) for name in ("counts", "timings", "versions")}
+    titles = ("counts", "timings", "versions")
+    sections = {title.capitalize(): dict(facts(page.metrics.get(title, {}))) for title in titles}
     return (
         environment()
         .from_string(resource("search.html.j2"))
