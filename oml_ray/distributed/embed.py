@@ -6,7 +6,6 @@ that are missing, and every row is embedded exactly once.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,8 +33,13 @@ from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval.store import Manifest, Store, fingerprint
 from oml_ray.training.run_directory import RunDirectory
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
-KEPT_BYTES = 2**30  # memory of this size or less stays with the process when it is freed
+# Left alone, glibc gives what a batch frees back to the system, which zeroes it anew for the next batch: on CPUs that
+# can cost twice what the network does. It reads these when a process starts; other libraries pass them over.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
 
 
 def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
@@ -162,9 +166,10 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         _Embedder,
         fn_constructor_args=(ray.put(extractor), shared, store, node, scaling.use_gpu),
         batch_size=None,
-        compute=_pool(node),
+        compute=_pool(node, len(missing)),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
+        runtime_env={"env_vars": KEEP_MEMORY},
     )
     with counting("embedding", len(rows), "images") as done:
         done(len(rows) - len(missing) * node.rows_per_part if len(missing) < manifest.num_parts else 0)
@@ -175,10 +180,10 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     return store, manifest
 
 
-def _pool(node: nodes.Embed) -> ActorPoolStrategy:
-    if isinstance(node.actors, int):
-        return ActorPoolStrategy(size=node.actors)
-    return ActorPoolStrategy(min_size=node.actors[0], max_size=node.actors[1])
+def _pool(node: nodes.Embed, num_parts: int) -> ActorPoolStrategy:
+    """The actors: no more than there are parts, of which Ray Data would warn."""
+    least, most = (node.actors, node.actors) if isinstance(node.actors, int) else node.actors
+    return ActorPoolStrategy(min_size=min(least, num_parts), max_size=min(most, num_parts))
 
 
 def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Row:
@@ -191,16 +196,8 @@ def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Ro
 
 
 def make_fast(extractor: Extractor, device: torch.device, num_threads: int) -> Extractor:
-    """Put an extractor into evaluation on a device, and this process into the state that it is fastest in there.
-
-    On CPUs convolutions take half the time with channels last, and freed memory that glibc gives back to the system at
-    every batch, only to have it zeroed anew for the next, costs up to twice the network's own time.
-    """
+    """Put an extractor into evaluation on a device, as it is fastest: convolutions are with channels last."""
     torch.set_num_threads(num_threads)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # only glibc has it, and needs it
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     extractor.to(device).eval().use_channels_last()
     return extractor
 

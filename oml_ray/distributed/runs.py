@@ -12,7 +12,6 @@ from oml_ray.config import (
     EmbedConfig,
     EvaluateConfig,
     SearchConfig,
-    SweepConfig,
     TrainConfig,
     differing_keys,
     dump,
@@ -31,7 +30,7 @@ NEIGHBORS, PER_QUERY, QUERIES = "neighbors.parquet", "per_query.parquet", "queri
 PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddings", "index", "queries", "gallery",
          "gallery_root"}  # fmt: skip
 
-Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig | SweepConfig
+Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
