@@ -243,11 +243,13 @@ class GalleryPool:
         bounds = [shard * len(part.ids) // count for shard in range(count + 1)]
         self.parts = [part.slice(slice(start, stop)) for start, stop in itertools.pairwise(bounds)]
         index = getattr(gallery, "index", None)
+        # A shard that is rebuilt reads its part again, which Ray would have dropped after the first time.
+        self._kept = [ray.put(own) for own in self.parts]
         self.shards: list[ActorHandle[Any]] = [
             GalleryShard.options(  # type: ignore[attr-defined]
                 num_cpus=gallery.cpus_per_shard, num_gpus=1 / count if use_gpu else 0
             ).remote(own, gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
-            for shard, own in enumerate(self.parts)
+            for shard, own in enumerate(self._kept)
         ]
         self.second_searches = 0
         refusals: list[OmlRayError | None] = ray.get([shard.refusal.remote() for shard in self.shards])

@@ -218,7 +218,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a store as source": (lambda folder: {"source": {"store": "x"}}, "needs one of the keys: checkpoint, extractor"),
     "the gallery's own run": (
         lambda folder: {"run": {"name": "gallery", "storage": str(folder), "resume": "never"}},
-        "that this search would write: change run.name",
+        "that would be written: change run.name",
     ),
     "no paths": (table_without_paths, "queries need the column path (found: label)"),
     "a root for a folder": (lambda folder: {"data": {"root": str(folder)}}, "a root is for the paths of a table"),

@@ -54,7 +54,8 @@ def test_everything_of_a_run_lies_in_its_folder(unbroken: Path) -> None:
         "config.yaml", "checkpoints", "history.jsonl", "metrics.json", "report.html", "embeddings", "tensorboard",
     }  # fmt: skip
     metrics = json.loads((unbroken / "metrics.json").read_text())
-    assert metrics["counts"] == {"queries": 12, "gallery": 12, "without_ground_truth": 0, "bad_images": 0}
+    counts = {"queries": 12, "gallery": 12, "without_ground_truth": 0, "bad_images": 0, "second_searches": 0}
+    assert metrics["counts"] == counts
     low, high = metrics["overall"]["cmc"]["1"]["ci95"]
     assert low <= metrics["overall"]["cmc"]["1"]["value"] <= high
     assert {"train/step", "train/iter_first_batch", "evaluate/embed"} <= set(metrics["timings"])
@@ -193,7 +194,8 @@ def test_bad_images_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     config = train_config(table, tmp_path, scaling={"num_workers": 2}, data={"on_bad_image": "skip"})
     assert main(["train", write(config, tmp_path)]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["counts"] == {"queries": 6, "gallery": 2, "without_ground_truth": 2, "bad_images": 2}
+    counts = {"queries": 6, "gallery": 2, "without_ground_truth": 2, "bad_images": 2, "second_searches": 0}
+    assert metrics["counts"] == counts
     report = (tmp_path / "run" / "report.html").read_text()
     assert "2_1.png" in report
     assert "8_2.png" in report
