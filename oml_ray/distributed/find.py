@@ -223,7 +223,7 @@ def _rows(config: SearchConfig, table: Table, searched: Gallery, shown: list[Sho
         for row, distance in zip(query.ids, query.distances, strict=True):
             image = images[row]
             uri = _gallery_uri(image["path"], config.gallery_root)
-            box = [image[side] for side in BOX] if BOX[0] in image else None
+            box = [image[side] for side in BOX] if image.get(BOX[0]) is not None else None
             neighbors.append(SearchItem(f"id {row}", image["path"], *_picture(uri, box, max_pixels), distance))
         rows.append(SearchRow(SearchItem(f"query {query.query}", path, picture, problem), neighbors))
     return rows

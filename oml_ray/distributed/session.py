@@ -147,10 +147,8 @@ def unwrapped() -> Iterator[None]:
     """Raise the user's error alone where Ray raises it inside its own."""
     try:
         yield
-    except OmlRayError:
-        raise
-    except Exception as error:
+    except Exception as error:  # what Ray raises may claim to be of the user's error's type
         found = user_error(error)
-        if found is None:
+        if found is None or found is error:
             raise
         raise found from None

@@ -143,7 +143,9 @@ class ParquetFile:
     def _open(self) -> Iterator[Any]:
         try:
             with self.filesystem.open_input_file(self.path) as source:
-                yield pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                yield pq.ParquetFile(
+                    source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+                )
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise EmbeddingError(
                 f"{self.path} cannot be read as Parquet ({reason_of(error)}): it is damaged; write it again."
