@@ -95,9 +95,9 @@ class Answer:
 class GalleryShard:
     """A part of the gallery that answers queries."""
 
-    def __init__(self, part: Part, gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
+    def __init__(self, kept: list[ray.ObjectRef[Part]], gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
         torch.set_num_threads(gallery.cpus_per_shard)
-        self.part, self.gallery, self.device = part, gallery, "cuda" if use_gpu else "cpu"
+        self.part, self.gallery, self.device = ray.get(kept[0]), gallery, "cuda" if use_gpu else "cpu"
         self.index: GalleryIndex | None = None
         self.build_s = 0.0
         self.failure: OmlRayError | None = None
@@ -243,12 +243,13 @@ class GalleryPool:
         bounds = [shard * len(part.ids) // count for shard in range(count + 1)]
         self.parts = [part.slice(slice(start, stop)) for start, stop in itertools.pairwise(bounds)]
         index = getattr(gallery, "index", None)
-        # A shard that is rebuilt reads its part again, which Ray would have dropped after the first time.
+        # A shard that is rebuilt reads its part again, which Ray would have dropped after the first time. In a list, because
+        # a part that is lost should be this pool's error, not a notice of Ray's on the user's screen.
         self._kept = [ray.put(own) for own in self.parts]
         self.shards: list[ActorHandle[Any]] = [
             GalleryShard.options(  # type: ignore[attr-defined]
                 num_cpus=gallery.cpus_per_shard, num_gpus=1 / count if use_gpu else 0
-            ).remote(own, gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
+            ).remote([own], gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
             for shard, own in enumerate(self._kept)
         ]
         self.second_searches = 0
