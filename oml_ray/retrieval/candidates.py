@@ -12,7 +12,7 @@ from torch import Tensor
 
 TILE = 64  # columns of a row looked at together
 GROUP = 8  # of which the minimum is taken for a first limit
-TALL = 16  # rows of a column looked at together: they lie on as many cache lines
+TALL = 8  # rows of a column looked at together: they lie on as many cache lines
 PAIRS_AT_ONCE = 2**18
 
 

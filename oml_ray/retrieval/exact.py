@@ -33,7 +33,7 @@ from oml_ray.retrieval.rows import Float32Array, Rows, tensor_of
 
 SearchPrecision = Literal["fp32", "certified"]
 
-CPU_BLOCK_ROWS = 2048  # a block of scores then stays in the caches between the product and the comparisons
+CPU_BLOCK_ROWS = 1536  # a block of scores then stays in the caches between the product and the comparisons
 MARGIN = {"fp32": (1.0, 8), "bf16": (2.0, 16)}  # candidates kept: a multiple of k, and some more
 
 
