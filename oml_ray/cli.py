@@ -33,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OmlRayError as error:
         print(f"oml-ray: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("oml-ray: interrupted; an unfinished run continues under run.resume: auto.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM, by which jobs are stopped
+        print(
+            "oml-ray: interrupted; an unfinished run continues under run.resume: auto, a sweep by --resume.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     return 0
 
@@ -54,7 +57,7 @@ def native_messages_kept() -> Iterator[None]:
         os.dup2(kept.fileno(), number)
         try:
             yield
-        except (OmlRayError, KeyboardInterrupt):
+        except (OmlRayError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
             kept.seek(0)
@@ -84,11 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "Train, evaluate the best checkpoint and write a report.", _train),
         ("embed", "Embed a table into a Parquet store.", _embed),
         ("evaluate", "Embed, search and measure a table, and write a report.", _evaluate),
+        ("sweep", "Train side by side with drawn values of some keys, and report which are best.", _sweep),
         ("search", "Search images in an embeddings store, and write their neighbors and a page.", _search),
     ):
         added = verb(name, text, run)
         _add_config(added)
         added.add_argument("--dry-run", action="store_true", help="check all that can be checked, print the config")
+        if name == "sweep":
+            added.add_argument("--resume", action="store_true", help="continue a sweep that was interrupted")
     _add_config(verb("check", "Check the table of a config.", _check))
     figures = verb("figures", "Write the generated data set.", _figures)
     figures.add_argument("directory", metavar="DIR", help="folder to write, as df.csv and images/")
@@ -146,6 +152,18 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         evaluate.dry_run(config)
     else:
         evaluate.evaluate(config)
+
+
+def _sweep(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import load_sweep
+
+    config = load_sweep(parsed.config, parsed.overrides)
+    from oml_ray.distributed import sweep
+
+    if parsed.dry_run:
+        sweep.dry_run(config)
+    else:
+        sweep.sweep(config, resume=parsed.resume)
 
 
 def _search(parsed: argparse.Namespace) -> None:

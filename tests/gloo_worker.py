@@ -54,7 +54,7 @@ def run(case: dict) -> None:  # type: ignore[type-arg]
         state = {name: value for name, value in loop.learner.state_dict().items() if isinstance(value, torch.Tensor)}
         save_file({name: value.clone() for name, value in state.items()}, case["result"])
         rows = [{key: value for key, value in row.items() if key in ("kind", "epoch", "step", "loss") or "." in key}
-                for row in loop.history.rows]  # fmt: skip
+                for row in loop.records.history.rows]  # fmt: skip
         Path(case["result"] + ".json").write_text(json.dumps(rows))
 
 

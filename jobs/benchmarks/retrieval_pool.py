@@ -54,7 +54,7 @@ def time_pool(
             node = nodes.ExactGallery(shards=shards, cpus_per_shard=cpus, precision=precision)
             pools[precision] = loaded(embedded.gallery(), node)
             works[precision] = partial(pools[precision].search_within, K, lambda _: None)
-            works[_whole(precision)] = partial(search, embedded, nodes.Evaluation(), node, use_gpu=False)
+            works[_whole(precision)] = partial(search, embedded, nodes.Evaluation(), node, nodes.Scaling())
         times = product.alternated(works, rounds)
         for held in pools.values():
             held.close()
@@ -66,7 +66,7 @@ def peak_pool(path: str, num_labels: int, shards: int, cpus: int, precision: Sea
     node = nodes.ExactGallery(shards=shards, cpus_per_shard=cpus, precision=precision)
     with driver(shards * cpus):
         with peak_of_all(path, node, "Pss") as peak:
-            search(_embedded(path, num_labels), nodes.Evaluation(), node, use_gpu=False)
+            search(_embedded(path, num_labels), nodes.Evaluation(), node, nodes.Scaling())
         return peak[0]
 
 

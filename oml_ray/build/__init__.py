@@ -12,7 +12,7 @@ from oml_ray.build.data import (
 )
 from oml_ray.build.learning import criterion, extractor, learner, optimizer, trained_extractor
 from oml_ray.build.retrieval import index_settings
-from oml_ray.build.training import checkpoint_meta, factor, loop, settings, validator, versions
+from oml_ray.build.training import checkpoint_meta, factor, judging, loop, settings, validator, versions
 
 __all__ = [
     "FIGURES",
@@ -23,6 +23,7 @@ __all__ = [
     "factor",
     "figures_table",
     "index_settings",
+    "judging",
     "learner",
     "local_stream",
     "loop",

@@ -14,8 +14,10 @@ from oml_ray.data.table import Table
 from oml_ray.errors import ConfigError
 from oml_ray.training import optimizers
 from oml_ray.training.context import Context
-from oml_ray.training.loop import Loop, Settings
+from oml_ray.training.judging import Judging
+from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory
+from oml_ray.training.settings import Settings
 from oml_ray.training.validation import Validator
 
 
@@ -58,10 +60,20 @@ def settings(config: TrainConfig) -> Settings:
         log_every=training.log_every,
         checkpoint_every_steps=checkpoint.every_steps,
         keep=checkpoint.keep,
-        metric=checkpoint.metric,
-        mode=checkpoint.mode,
-        validate_every=config.validation.every,
-        validate_at_start=config.validation.at_start,
+        validate_elsewhere=config.validation.mode == "async",
+    )
+
+
+def judging(config: TrainConfig, steps_per_epoch: int) -> Judging:
+    """The rules of the run's validations."""
+    validation, checkpoint = config.validation, config.checkpoint
+    return Judging(
+        steps_per_epoch,
+        config.training.epochs,
+        validation.every,
+        validation.at_start,
+        checkpoint.metric,
+        checkpoint.mode,
     )
 
 
@@ -78,6 +90,7 @@ def loop(config: TrainConfig, table: Table, plan: Plan, context: Context, run: R
         factor(config, plan.steps_per_epoch),
         validator(config, table),
         settings(config),
+        judging(config, plan.steps_per_epoch),
         checkpoint_meta(config, table),
     )
 

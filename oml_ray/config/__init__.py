@@ -2,16 +2,19 @@
 
 from oml_ray.config.load import apply_overrides, differing_keys, dump, load, parse_yaml, read_yaml, validate
 from oml_ray.config.schema import EmbedConfig, EvaluateConfig, SearchConfig, TrainConfig
+from oml_ray.config.sweep import SweepConfig, load_sweep
 
 __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "SearchConfig",
+    "SweepConfig",
     "TrainConfig",
     "apply_overrides",
     "differing_keys",
     "dump",
     "load",
+    "load_sweep",
     "parse_yaml",
     "read_yaml",
     "validate",

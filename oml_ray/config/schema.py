@@ -44,7 +44,7 @@ class TrainConfig(Node):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        batch, workers = self.sampler.batch_size, self.scaling.num_workers
+        batch, workers = self.sampler.batch_size, self.scaling.most_workers
         if workers > batch:
             raise ValueError(
                 f"scaling.num_workers: {workers} workers cannot share a global batch of {batch} instances "
@@ -79,6 +79,11 @@ class TrainConfig(Node):
             raise ValueError(
                 f"schedule.epochs: should be less than training.epochs ({self.training.epochs}), when training ends, "
                 f"found {self.schedule.epochs}."
+            )
+        if self.validation.mode == "async" and self.validation.every == 0:
+            raise ValueError(
+                "validation.mode is async, but every is 0, so nothing would be validated: set it to 1 or more, or "
+                "use validation.mode: inline."
             )
         if isinstance(self.criterion, nodes.Triplet):
             _check_miner(self.criterion, self.sampler)

@@ -26,7 +26,7 @@ from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.progress import counting, say
-from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.distributed.session import Needs, check_given, placed, session, unwrapped
 from oml_ray.distributed.stream import Row, attempt, configure, error_note, fetched, pack, raise_noted, unpack
 from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor
@@ -50,6 +50,8 @@ def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
         "evaluation.embed.actors * evaluation.embed.cpus_per_actor + scaling.data_cpus = "
         f"{embed.most_actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
         {"evaluation.embed.cpus_per_actor": embed.cpus_per_actor},
+        {"decoding": scaling.placement.decoding, "embedding": scaling.placement.embedding},
+        may_grow=scaling.autoscaling,
     )
 
 
@@ -161,6 +163,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         batch_size=None,
         num_cpus=1,
         memory=float(2 * 3 * transform.size**2 * node.rows_per_part),  # the images, and their block
+        **placed(scaling.placement.decoding),
     )
     dataset = dataset.map_batches(
         _Embedder,
@@ -170,6 +173,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
         runtime_env={"env_vars": KEEP_MEMORY},
+        **placed(scaling.placement.embedding),
     )
     with counting("embedding", len(rows), "images") as done:
         done(len(rows) - len(missing) * node.rows_per_part if len(missing) < manifest.num_parts else 0)

@@ -201,9 +201,9 @@ def measure(
     timings: dict[str, float],
 ) -> None:
     """Search, measure and report, in a session that is there."""
-    evaluation, table, use_gpu = config.evaluation, embedded.table, config.scaling.use_gpu
+    evaluation, table = config.evaluation, embedded.table
     start = time.perf_counter()
-    found = search(embedded, evaluation, evaluation.gallery, use_gpu=use_gpu)
+    found = search(embedded, evaluation, evaluation.gallery, config.scaling)
     timings["evaluate/search"] = time.perf_counter() - start
     start = time.perf_counter()
     metrics = summarise(
@@ -217,7 +217,7 @@ def measure(
         metrics["overall"]["fnmr_at_fmr"] = {f"{each.fmr:g}": {"value": each.fnmr, "ci95": None} for each in found.fnmr}
     _add_pcf(metrics, embedded, evaluation)
     timings["evaluate/metrics"] = time.perf_counter() - start
-    comparisons = _compare(embedded, evaluation, found, use_gpu=use_gpu)
+    comparisons = _compare(embedded, evaluation, found, config.scaling)
     bad = {str(row): "see the training's log" for entry in history for row in entry.get("bad_rows", [])}
     bad |= {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
     bad |= {str(row): reason for row, reason in found.bad.items()}
@@ -282,23 +282,22 @@ def _add_pcf(metrics: dict[str, Any], embedded: Embedded, evaluation: nodes.Eval
 
 
 def _compare(
-    embedded: Embedded, evaluation: nodes.Evaluation, found: Found, *, use_gpu: bool
+    embedded: Embedded, evaluation: nodes.Evaluation, found: Found, scaling: nodes.Scaling
 ) -> Sequence[ComparedSetting]:
     """Judge other ways of searching against exact search."""
     if not evaluation.compare:
         return ()
     # What is counted over all pairs is exact whatever finds the neighbors.
-    counted = {"map_r": False, "r_precision": False, "ap": False, "mrr": False, "fnmr_at_fmr": []}
-    listed_only = evaluation.model_copy(update={"metrics": evaluation.metrics.model_copy(update=counted)})
+    listed_only = evaluation.model_copy(update={"metrics": evaluation.metrics.only_listed})
     exact = found
     if not isinstance(evaluation.gallery, nodes.ExactGallery):
         shards = evaluation.gallery
         node = nodes.ExactGallery(shards=shards.shards, cpus_per_shard=shards.cpus_per_shard, distance=shards.distance)
-        exact = search(embedded, evaluation, node, use_gpu=use_gpu)
+        exact = search(embedded, evaluation, node, scaling)
     k = max(evaluation.metrics.largest_rank, evaluation.pictures.neighbors)
     settings = []
     for setting in evaluation.compare:
-        other = search(embedded, listed_only, setting, use_gpu=use_gpu)
+        other = search(embedded, listed_only, setting, scaling)
         order = np.argsort(other.queries)[np.searchsorted(np.sort(other.queries), exact.queries)]
         settings.append(
             compare(

@@ -182,7 +182,7 @@ def _search(
     offset = int(part.ids[-1]) + 1
     blocks = (replace(block, ids=block.ids + offset) for block in queries.blocks(ids, node.block_rows))
     num_neighbors, shown = 0, list[Shown]()
-    pool = GalleryPool(part, node, use_gpu=config.scaling.use_gpu)
+    pool = GalleryPool(part, node, use_gpu=config.scaling.use_gpu, place=config.scaling.placement.gallery)
     try:
         with (
             neighbors_writer(*resolve(str(run.path(runs.NEIGHBORS))), k) as write,

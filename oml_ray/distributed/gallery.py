@@ -24,7 +24,7 @@ from oml_ray import build
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import join, resolve
 from oml_ray.data.samplers import Ids
-from oml_ray.distributed.session import Needs
+from oml_ray.distributed.session import Needs, placed
 from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.retrieval import exact, ranks
 from oml_ray.retrieval.fnmr import FnmrAtFmr, FnmrSearch
@@ -45,6 +45,8 @@ def needs(gallery: nodes.Gallery, scaling: nodes.Scaling) -> Needs:
         1 if scaling.use_gpu else 0,
         f"{formula} = {gallery.shards} * {gallery.cpus_per_shard}",
         {"evaluation.gallery.cpus_per_shard": gallery.cpus_per_shard},
+        {"gallery": scaling.placement.gallery},
+        may_grow=scaling.autoscaling,
     )
 
 
@@ -95,17 +97,29 @@ class Answer:
 class GalleryShard:
     """A part of the gallery that answers queries."""
 
-    def __init__(self, kept: list[ray.ObjectRef[Part]], gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
+    def __init__(self, gallery: nodes.Gallery, index: str | None, use_gpu: bool) -> None:
         torch.set_num_threads(gallery.cpus_per_shard)
-        self.part, self.gallery, self.device = ray.get(kept[0]), gallery, "cuda" if use_gpu else "cpu"
+        self.gallery, self.device = gallery, "cuda" if use_gpu else "cpu"
         self.index: GalleryIndex | None = None
         self.build_s = 0.0
         self.failure: OmlRayError | None = None
-        try:
-            self._load(index, use_gpu)
-        except OmlRayError as error:
-            # Raised here, Ray would tell its text alone, inside a trace: it waits until it is asked for.
-            self.failure = error
+        self._place, self._is_loaded = index, False
+
+    def call(self, part: list[ray.ObjectRef[Part]], method: str, *arguments: Any) -> Any:
+        """Call one of the methods below.
+
+        Every call brings the part: only what a waiting call holds is there for sure when Ray restarts the actor; what
+        its constructor was given may be gone (ray-project/ray#53727).
+        """
+        if not self._is_loaded:
+            self.part: Part = ray.get(part[0])
+            try:
+                self._load(self._place, self.device == "cuda")
+            except OmlRayError as error:
+                # Raised here, Ray would tell its text alone, inside a trace: it waits until it is asked for.
+                self.failure = error
+            self._is_loaded = True
+        return getattr(self, method)(*arguments)
 
     def _load(self, index: str | None, use_gpu: bool) -> None:
         self._rows = self.part.load("gallery")
@@ -228,13 +242,16 @@ class Block:
 class GalleryPool:
     """All shards of a gallery."""
 
-    def __init__(self, part: Part, gallery: nodes.Gallery, *, use_gpu: bool) -> None:
+    def __init__(
+        self, part: Part, gallery: nodes.Gallery, *, use_gpu: bool, place: nodes.Placement | None = None
+    ) -> None:
         """Start the shards, which load in parallel, and wait for them.
 
         Args:
             part: the whole gallery, its ids sorted.
             gallery: backend, number of shards, distance and blocks.
             use_gpu: have the shards share a GPU (each its part of it, on as many as there are).
+            place: nodes of the shards; None: any.
 
         Raises:
             OmlRayError: embeddings that cannot be searched, or an index that cannot be built of them.
@@ -243,17 +260,17 @@ class GalleryPool:
         bounds = [shard * len(part.ids) // count for shard in range(count + 1)]
         self.parts = [part.slice(slice(start, stop)) for start, stop in itertools.pairwise(bounds)]
         index = getattr(gallery, "index", None)
-        # A shard that is rebuilt reads its part again, which Ray would have dropped after the first time. In a list, because
-        # a part that is lost should be this pool's error, not a notice of Ray's on the user's screen.
         self._kept = [ray.put(own) for own in self.parts]
         self.shards: list[ActorHandle[Any]] = [
             GalleryShard.options(  # type: ignore[attr-defined]
-                num_cpus=gallery.cpus_per_shard, num_gpus=1 / count if use_gpu else 0
-            ).remote([own], gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
-            for shard, own in enumerate(self._kept)
+                num_cpus=gallery.cpus_per_shard,
+                num_gpus=1 / count if use_gpu else 0,
+                **placed(place or nodes.Placement()),
+            ).remote(gallery, index and join(index, f"shard-{shard:04d}-of-{count:04d}"), use_gpu)
+            for shard in range(count)
         ]
         self.second_searches = 0
-        refusals: list[OmlRayError | None] = ray.get([shard.refusal.remote() for shard in self.shards])
+        refusals: list[OmlRayError | None] = ray.get(self._ask_all("refusal"))
         for refusal in filter(None, refusals):
             self.close()
             raise refusal
@@ -266,7 +283,7 @@ class GalleryPool:
         """
 
         def ask(block: Block, embeddings: Any) -> list[Any]:
-            return [shard.search.remote(embeddings, block.ids, block.sequences, k) for shard in self.shards]
+            return self._ask_all("search", embeddings, block.ids, block.sequences, k)
 
         for block, answers in self._each(blocks, ask):
             self.second_searches += sum(answer.second_searches for answer in answers)
@@ -277,9 +294,8 @@ class GalleryPool:
 
         def ask(block: Block, embeddings: Any) -> list[Any]:
             asked = (embeddings, block.ids, block.labels, block.sequences)
-            pairs = [shard.relevant.remote(*asked) for shard in self.shards]
-            relevant = _merged.remote(*pairs)
-            return [relevant, *(shard.nearer.remote(*asked, relevant) for shard in self.shards)]
+            relevant = _merged.remote(*self._ask_all("relevant", *asked))
+            return [relevant, *self._ask_all("nearer", *asked, relevant)]
 
         for block, (relevant, *counts) in self._each(blocks, ask):
             yield block, ranks.ranked(relevant, counts)
@@ -290,8 +306,7 @@ class GalleryPool:
         while (request := counting.next_request()) is not None:
 
             def ask(block: Block, embeddings: Any, request: Request = request) -> list[Any]:
-                asked = (embeddings, block.ids, block.labels, block.sequences, request)
-                return [shard.count.remote(*asked) for shard in self.shards]
+                return self._ask_all("count", embeddings, block.ids, block.labels, block.sequences, request)
 
             counting.absorb(answer for _, answers in self._each(blocks(), ask) for answer in answers)
         return counting.results()
@@ -313,7 +328,7 @@ class GalleryPool:
             for own in range(count)
         }
         found: list[Neighbors] = []
-        alone: list[Answer] = ray.get([shard.search_within.remote(k) for shard in self.shards])
+        alone: list[Answer] = ray.get(self._ask_all("search_within", k))
         for own, answer in enumerate(alone):
             self.second_searches += answer.second_searches
             found.append(answer.neighbors)
@@ -324,7 +339,7 @@ class GalleryPool:
             if waiting[own]:
                 other = waiting[own].pop(0)
                 bounds = found[own].distances[:, -1], found[other].distances[:, -1]
-                flying[self.shards[own].search_both.remote(self.parts[other], k, bounds)] = (own, other)
+                flying[self._ask(own, "search_both", self.parts[other], k, bounds)] = (own, other)
 
         for own in range(count):
             send(own)
@@ -341,20 +356,26 @@ class GalleryPool:
 
     def take(self, wanted: Ids) -> tuple[Ids, Float32Array]:
         """Embeddings of some gallery ids, sorted by id."""
-        found: Sequence[tuple[Ids, Float32Array]] = ray.get([shard.take.remote(wanted) for shard in self.shards])
+        found: Sequence[tuple[Ids, Float32Array]] = ray.get(self._ask_all("take", wanted))
         ids, embeddings = np.concatenate([part for part, _ in found]), np.concatenate([part for _, part in found])
         order = np.argsort(ids)
         return ids[order], embeddings[order]
 
     def cost(self) -> tuple[int, float]:
         """Bytes of all indexes, and seconds until the last was there."""
-        costs: Sequence[tuple[int, float]] = ray.get([shard.cost.remote() for shard in self.shards])
+        costs: Sequence[tuple[int, float]] = ray.get(self._ask_all("cost"))
         return sum(size for size, _ in costs), max(seconds for _, seconds in costs)
 
     def close(self) -> None:
         """End the shards."""
         for shard in self.shards:
             ray.kill(shard)
+
+    def _ask(self, shard: int, method: str, *arguments: Any) -> Any:
+        return self.shards[shard].call.remote([self._kept[shard]], method, *arguments)
+
+    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
+        return [self._ask(shard, method, *arguments) for shard in range(len(self.shards))]
 
     def _each(self, blocks: Iterator[Block], ask: Any) -> Iterator[tuple[Block, list[Any]]]:
         flying: list[tuple[Block, list[Any]]] = []

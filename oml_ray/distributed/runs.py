@@ -12,6 +12,7 @@ from oml_ray.config import (
     EmbedConfig,
     EvaluateConfig,
     SearchConfig,
+    SweepConfig,
     TrainConfig,
     differing_keys,
     dump,
@@ -30,13 +31,36 @@ NEIGHBORS, PER_QUERY, QUERIES = "neighbors.parquet", "per_query.parquet", "queri
 PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddings", "index", "queries", "gallery",
          "gallery_root"}  # fmt: skip
 
-Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig
+# What Ray sets for the command of a submitted job, and for nothing else: not for its tasks, actors and workers.
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+Config = TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig | SweepConfig
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def resolved(config: AnyConfig) -> AnyConfig:
-    """Make every path of a config absolute: Ray changes the directory of its workers."""
+    """Make every path of a config absolute: Ray changes the directory of its workers.
+
+    Raises:
+        ConfigError: a path is relative in a Ray job; names the keys.
+    """
+    if IN_A_JOB in os.environ:
+        _check_none_relative(config)
     return cast(AnyConfig, _resolved(config))
+
+
+def _check_none_relative(config: Config) -> None:
+    """Refuse paths inside a job's working directory: it is a copy of code and configs that is removed with the job."""
+    paths = list(_paths(config))
+    if isinstance(config, SweepConfig):  # of the base, all but its run, in whose place each trial has one of its own
+        paths += [(key, path) for key, path in _paths(config.training, "base.") if not key.startswith("base.run.")]
+    relative = [f"{key}: {path}" for key, path in paths if _is_relative(path)]
+    if relative:
+        raise ConfigError(
+            "In a Ray job relative paths lead into a copy of its working directory, which is lost with the job: "
+            f"{', '.join(relative)}. Set them to URIs (such as --set run.storage=s3://bucket/runs), or to absolute "
+            "paths that all nodes reach."
+        )
 
 
 def _resolved(node: Any) -> Any:
@@ -46,8 +70,8 @@ def _resolved(node: Any) -> Any:
         return node
     updates = {name: _resolved(getattr(node, name)) for name in type(node).model_fields}
     for name, value in updates.items():
-        if name in PATHS and isinstance(value, str) and value != build.FIGURES:
-            updates[name] = _absolute(value)
+        if _is_path(name, value):
+            updates[name] = absolute(value)
     return node.model_copy(update=updates)
 
 
@@ -69,8 +93,17 @@ def _paths(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         value = getattr(node, name)
         if isinstance(value, nodes.Node):
             yield from _paths(value, f"{prefix}{name}.")
-        elif name in PATHS and isinstance(value, str) and value != build.FIGURES:
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, nodes.Node):
+                    yield from _paths(item, f"{prefix}{name}.{index}.")
+        elif _is_path(name, value):
             yield f"{prefix}{name}", value
+
+
+def _is_path(name: str, value: Any) -> bool:
+    """Whether a key's value is a path; the generated table is none."""
+    return name in PATHS and isinstance(value, str) and (name, value) != ("table", build.FIGURES)
 
 
 def check_name(config: Config) -> None:
@@ -124,7 +157,7 @@ def open_run(config: Config) -> RunDirectory:
             )
         # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
         results = [METRICS, REPORT, NEIGHBORS, PER_QUERY, QUERIES, EMBEDDINGS]
-        clear(run, [*results, "checkpoints", "tensorboard", "history.jsonl", CONFIG])
+        clear(run, [*results, "checkpoints", "validations", "tensorboard", "history.jsonl", CONFIG])
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     return run
@@ -141,5 +174,10 @@ def ray_name(config: Config) -> str:
     return f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """An absolute path, or a URI as it is."""
     return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def _is_relative(path: str) -> bool:
+    return not is_uri(path) and not os.path.isabs(os.path.expanduser(path))

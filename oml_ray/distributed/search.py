@@ -103,14 +103,14 @@ class Found:
     build_s: float
 
 
-def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gallery, *, use_gpu: bool) -> Found:
+def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gallery, scaling: nodes.Scaling) -> Found:
     """Search the neighbors of all queries and compute the per-query metrics.
 
     Args:
         embedded: what is searched.
         evaluation: the metrics that are wanted.
         gallery: how it is searched.
-        use_gpu: search on GPUs.
+        scaling: on which nodes, and whether on GPUs.
 
     Raises:
         EmbeddingError: no query or no gallery item is left.
@@ -124,7 +124,7 @@ def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gall
     labels, metrics = table.labels, evaluation.metrics
     k = max(metrics.largest_rank, evaluation.pictures.neighbors)
     sampled = _sample_pairs(queries, part.ids, labels)
-    pool = GalleryPool(part, gallery, use_gpu=use_gpu)
+    pool = GalleryPool(part, gallery, use_gpu=scaling.use_gpu, place=scaling.placement.gallery)
     try:
         index_bytes, build_s = pool.cost()
         start = time.perf_counter()

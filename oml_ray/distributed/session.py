@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
+from ray.util import get_node_ip_address
 
+from oml_ray.config import nodes
 from oml_ray.distributed.progress import say
 from oml_ray.errors import OmlRayError, ResourceError
 
@@ -29,11 +32,24 @@ class Needs:
     """How the CPUs add up, in config keys."""
     together: Mapping[str, int] = field(default_factory=dict)
     """Keys whose CPUs one process holds: they must be found on one node."""
+    places: Mapping[str, nodes.Placement] = field(default_factory=dict)
+    """Which nodes are used, by the keys of `scaling.placement`."""
+    may_grow: bool = False
+    """Whether what the cluster lacks is waited for."""
 
     def __or__(self, other: Needs) -> Needs:
         """What two stages need that run one after the other."""
         larger = self if self.cpus >= other.cpus else other
-        return Needs(larger.cpus, max(self.gpus, other.gpus), larger.formula, {**self.together, **other.together})
+        return self._joined(other, larger.cpus, max(self.gpus, other.gpus), larger.formula)
+
+    def __add__(self, other: Needs) -> Needs:
+        """What two stages need that run at one time."""
+        formula = f"{self.formula}, and {other.formula} = {other.cpus:g}"
+        return self._joined(other, self.cpus + other.cpus, self.gpus + other.gpus, formula)
+
+    def _joined(self, other: Needs, cpus: float, gpus: float, formula: str) -> Needs:
+        together, places = {**self.together, **other.together}, {**self.places, **other.places}
+        return Needs(cpus, gpus, formula, together, places, self.may_grow or other.may_grow)
 
 
 def is_given() -> bool:
@@ -91,13 +107,39 @@ def _start(needs: Needs, dashboard: bool) -> None:
                 ray.init(address=address, **options)
             else:
                 cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
-                ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
+                with _known_to_workers() if dashboard else nullcontext():
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
         raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None
 
 
+@contextmanager
+def _known_to_workers() -> Iterator[None]:
+    """Have the workers of a Ray that is started in the body of a `with` know its address.
+
+    Where several Rays run on one machine, those of Ray's actors that ask the dashboard (2.60: Train's, which give back
+    what a stopped trial held) would not know which to ask.
+    """
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    ip = get_node_ip_address()  # type: ignore[no-untyped-call]
+    given = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ip}:{port}"}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            del os.environ[name]
+
+
 def _check(needs: Needs) -> None:
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if needs.may_grow:
+        say("what the Ray cluster lacks is waited for (scaling.autoscaling)")
+        return
+    _check_places(needs, alive)
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     if cpus < needs.cpus:
@@ -105,7 +147,7 @@ def _check(needs: Needs) -> None:
             f"The Ray cluster has {cpus:g} CPUs, but {needs.cpus:g} are needed ({needs.formula}): "
             f"lower these keys, or add {needs.cpus - cpus:g} CPUs to the cluster."
         )
-    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    largest = max(node["Resources"].get("CPU", 0.0) for node in alive)
     for key, wanted in needs.together.items():
         if wanted > largest:
             raise ResourceError(
@@ -120,6 +162,34 @@ def _check(needs: Needs) -> None:
             f"The Ray cluster has {gpus:g} GPUs, but {needs.gpus:g} are needed: set scaling.use_gpu: false, "
             "lower scaling.num_workers, evaluation.embed.actors or evaluation.gallery.shards, or add GPUs."
         )
+
+
+def _check_places(needs: Needs, alive: list[dict[str, Any]]) -> None:
+    """Refuse labels and resources that no node has: Ray would wait for one for ever."""
+    for key, place in needs.places.items():
+        if any(
+            place.labels.items() <= (node.get("Labels") or {}).items()
+            and all(node["Resources"].get(name, 0.0) >= amount for name, amount in place.resources.items())
+            for node in alive
+        ):
+            continue
+        labels = sorted({f"{name}: {value}" for node in alive for name, value in (node.get("Labels") or {}).items()
+                         if not name.startswith("ray.io/node-id")})  # fmt: skip
+        raise ResourceError(
+            f"scaling.placement.{key}: no node of the Ray cluster has labels {place.labels} and resources "
+            f"{place.resources}; the nodes' labels are {', '.join(labels) or 'none'}. Change the key, or start a node "
+            "with them (ray start --labels, --resources)."
+        )
+
+
+def placed(place: nodes.Placement) -> dict[str, Any]:
+    """Options of a Ray task or actor that run it where a placement says."""
+    options: dict[str, Any] = {}
+    if place.labels:
+        options["label_selector"] = dict(place.labels)
+    if place.resources:
+        options["resources"] = dict(place.resources)
+    return options
 
 
 def user_error(error: BaseException | None) -> OmlRayError | None:

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,10 +22,11 @@ from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from oml_ray import errors
+from oml_ray.config import nodes
 from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
 from oml_ray.data.plan import Plan, slice_bounds
 from oml_ray.data.samplers import Ids
-from oml_ray.distributed.session import quiet
+from oml_ray.distributed.session import placed, quiet
 from oml_ray.errors import OmlRayError
 from oml_ray.training.context import PlannedBatch
 
@@ -47,6 +48,8 @@ class RayStream:
     world_size: int
     data_cpus: float
     """CPUs for decoding, of all ranks together."""
+    place: nodes.Placement = field(default_factory=nodes.Placement)
+    """Where images are decoded."""
 
     def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
         """Yield this rank's slices from (epoch, step) on, decoded ahead across the ends of epochs."""
@@ -78,7 +81,7 @@ class RayStream:
             return
         dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // BATCHES_PER_TASK))
         # A rank whose share is less than a CPU has one task at a time, which holds that share.
-        dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share))
+        dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share), **placed(self.place))
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             for index in range(len(block["count"])):
                 yield unpack(block, index)  # type: ignore[arg-type]

@@ -71,6 +71,7 @@ def save(
     *,
     is_best: bool,
     keep: int,
+    keep_also: Iterable[int] = (),
     write_more: Callable[[Path], list[str]] | None = None,
 ) -> None:
     """Write a checkpoint so that a reader sees all of it or none, then move `last` (and `best`) to it.
@@ -80,9 +81,10 @@ def save(
         checkpoint: what.
         is_best: whether `best` moves to it too.
         keep: how many of the newest to keep, beside the best.
+        keep_also: steps whose checkpoints are kept besides.
         write_more: writes further files into a folder and gives their names.
     """
-    name = f"step_{checkpoint.position.global_step:08d}"
+    name = name_of(checkpoint.position.global_step)
     final = run.path(FOLDER, name)
     final.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
@@ -110,18 +112,45 @@ def save(
         shutil.rmtree(staged, ignore_errors=True)
     run.publish(FOLDER, name)
     if is_best:
-        run.write_text(name, FOLDER, "best")
+        move_best(run, checkpoint.position.global_step)
     run.write_text(name, FOLDER, "last")
-    _prune(run, keep)
+    prune(run, keep, keep_also)
 
 
-def _prune(run: RunDirectory, keep: int) -> None:
-    names = run.names(FOLDER)
-    for name in names:
+def name_of(step: int) -> str:
+    """Folder of the checkpoint of a global step."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """Global step of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: that is no name of one.
+    """
+    try:
+        return int(name.removeprefix("step_"))
+    except ValueError:
+        raise CheckpointError(f"{name!r} does not name a checkpoint, as step_00000054 would.") from None
+
+
+def names(run: RunDirectory) -> list[str]:
+    """Folders of a run's checkpoints, in the order of their steps."""
+    return [name for name in run.names(FOLDER) if name.startswith("step_")]
+
+
+def move_best(run: RunDirectory, step: int) -> None:
+    """Have `best` name the checkpoint of a step."""
+    run.write_text(name_of(step), FOLDER, "best")
+
+
+def prune(run: RunDirectory, keep: int, keep_also: Iterable[int] = ()) -> None:
+    """Remove all checkpoints but the best, the newest, and some."""
+    for name in run.names(FOLDER):
         if name.startswith(".step_"):
             run.remove(FOLDER, name)
-    steps = [name for name in names if name.startswith("step_")]
-    kept = {*steps[-keep:], run.read_text(FOLDER, "best"), run.read_text(FOLDER, "last")}
+    steps = names(run)
+    kept = {*steps[-keep:], *map(name_of, keep_also), run.read_text(FOLDER, "best"), run.read_text(FOLDER, "last")}
     for name in steps:
         if name not in kept:
             run.remove(FOLDER, name)
@@ -129,7 +158,7 @@ def _prune(run: RunDirectory, keep: int) -> None:
 
 def latest(run: RunDirectory, *, read_more: Callable[[Path, Checkpoint], None] | None = None) -> Checkpoint | None:
     """Return the last checkpoint of a run, None before the first; `read_more` reads from its folder too."""
-    steps = [name for name in run.names(FOLDER) if name.startswith("step_")]
+    steps = names(run)
     last = (run.read_text(FOLDER, "last") or "").strip()
     if not steps or not last:
         return None

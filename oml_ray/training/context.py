@@ -49,6 +49,18 @@ class Context(Protocol):
     def report(self, row: dict[str, Any]) -> None:
         """Hand over a validation's metrics; called by every rank with equal rows."""
 
+    def hand_over(self, step: int) -> None:
+        """Have the checkpoint of a global step validated elsewhere; called by every rank with equal steps."""
+
+
+def all_objects(item: Any, context: Context) -> list[Any]:
+    """Plain values of every rank, in rank order."""
+    if context.world_size == 1:
+        return [item]
+    items: list[Any] = [None] * context.world_size
+    dist.all_gather_object(items, item)
+    return items
+
 
 def process_group() -> tuple[int, int]:
     """Rank and world size of this process: (0, 1) without torch.distributed."""
@@ -89,6 +101,8 @@ class LocalContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rows: list[dict[str, Any]] = field(default_factory=list)
     """What was reported."""
+    handed_over: list[int] = field(default_factory=list)
+    """Steps whose checkpoints wait to be validated elsewhere."""
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = process_group()
@@ -99,6 +113,10 @@ class LocalContext:
     def report(self, row: dict[str, Any]) -> None:
         """Remember the row."""
         self.rows.append(row)
+
+    def hand_over(self, step: int) -> None:
+        """Remember the step."""
+        self.handed_over.append(step)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

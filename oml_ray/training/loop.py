@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from oml_ray.data.plan import Plan, slice_bounds
 from oml_ray.errors import CheckpointError, RunError
@@ -24,37 +23,22 @@ from oml_ray.learning.learner import Learner
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import sharded_checkpoint
 from oml_ray.training.checkpoint import Checkpoint, Position
-from oml_ray.training.context import Context, PlannedBatch, seed_step
+from oml_ray.training.context import Context, PlannedBatch, all_objects, seed_step
+from oml_ray.training.elsewhere import Validations
+from oml_ray.training.judging import Judging
 from oml_ray.training.optimizers import Factor
-from oml_ray.training.run_directory import History, RunDirectory
+from oml_ray.training.records import Records
+from oml_ray.training.run_directory import RunDirectory
+from oml_ray.training.settings import Settings
 from oml_ray.training.timings import Timings
 from oml_ray.training.updates import Updates
 
 Validate = Callable[[Extractor, Context], dict[str, float]]
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-EVENTS = "tensorboard"
 BAD_IMAGES_NAMED = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long to train and what to keep; the config's `training`, `checkpoint` and `validation` in plain values."""
-
-    seed: int
-    epochs: int
-    precision: Precision = "fp32"
-    clip_grad_norm: float | None = None
-    freeze_epochs: int = 0
-    ema_decay: float | None = None
-    log_every: int = 10
-    checkpoint_every_steps: int | None = None
-    keep: int = 2
-    metric: str = "cmc.1"
-    mode: Literal["max", "min"] = "max"
-    validate_every: int = 1
-    validate_at_start: bool = True
+MOST_ELSEWHERE = 2
+POLL_S = 0.5
 
 
 @dataclass
@@ -81,6 +65,7 @@ class Loop:
         factor: Factor,
         validate: Validate,
         settings: Settings,
+        judging: Judging,
         meta: dict[str, Any],
     ) -> None:
         """Prepare a loop, from the run's last checkpoint if it has one.
@@ -95,6 +80,7 @@ class Loop:
             factor: of the learning rate at a step.
             validate: scores the extractor.
             settings: how long, how often.
+            judging: when to validate, and what is best.
             meta: plain data for the checkpoints: config, table fingerprint, versions.
 
         Raises:
@@ -102,7 +88,7 @@ class Loop:
             RunError: the table has changed since.
         """
         self.context, self.run, self.plan, self.labels = context, run, plan, labels
-        self.validate, self.settings, self.meta = validate, settings, meta
+        self.validate, self.settings, self.judging, self.meta = validate, settings, judging, meta
         dtype = torch.float64 if settings.precision == "fp64" else torch.float32
         self.learner = learner.to(context.device, dtype)
         self.bounds = slice_bounds(plan.batch_size, context.world_size)
@@ -118,6 +104,7 @@ class Loop:
         self.timings = Timings()
         self.position, self.epoch = Position(0, 0, 0), _Epoch()
         self.best: float | None = None
+        self._handed_over: set[int] = set()
         self._frozen = False
         self._wrapped: nn.Module = self.learner
         self._restore()
@@ -140,7 +127,11 @@ class Loop:
         """
         settings, start = self.settings, self.position
         self.wrap()
-        if start.global_step == 0 and settings.validate_at_start:
+        if settings.validate_elsewhere:
+            if self._is_new and self.judging.is_due(0):
+                self._save(is_best=False)
+            self._hand_over()
+        elif start.global_step == 0 and self.judging.is_due(0):
             self._validate(epoch=-1)
         stream = self.context.stream.training(start.epoch, start.step, settings.epochs)
         waiting = time.perf_counter()
@@ -160,8 +151,7 @@ class Loop:
                 self._save(is_best=False)
             waiting = time.perf_counter()
         if self._writes:
-            self.events.close()
-            self.run.publish(EVENTS)
+            self.records.close()
 
     @property
     def _writes(self) -> bool:
@@ -169,6 +159,7 @@ class Loop:
 
     def _restore(self) -> None:
         found = checkpoints.latest(self.run, read_more=self._restore_more)
+        self._is_new = found is None
         if found is not None:
             try:
                 self.updates.load_state_dict(found.training, found.extractor)
@@ -182,11 +173,10 @@ class Loop:
             bad = {int(row): reason for row, reason in epoch["bad_images"].items()}
             self.epoch = _Epoch(epoch["loss"], epoch["steps"], epoch["seconds"], bad)
         if self._writes:
-            self.history = History(self.run)
-            self.history.rewind(self.position.global_step if found else -1)
-            self.events = SummaryWriter(
-                str(self.run.path(EVENTS)), purge_step=self.position.global_step + 1 if found else 0
-            )
+            step = -1 if found is None else self.position.global_step
+            self.records = Records(self.run, until_step=step)
+            self.validations = Validations(self.run, self.records.history, self.judging)
+            self.validations.rewind(step)
 
     def _restore_more(self, folder: Path, found: Checkpoint) -> None:
         if found.meta["table"] != self.meta["table"]:
@@ -238,9 +228,7 @@ class Loop:
     def _tell(self, loss: float, logs: dict[str, torch.Tensor]) -> None:
         step = self.position.global_step
         if step % self.settings.log_every == 0:
-            scalars: dict[str, Any] = {"loss": loss, "lr": self.lr, **logs}
-            for name, value in scalars.items():
-                self.events.add_scalar(f"train/{name}", float(value), step)
+            self.records.scalars("train", {"loss": loss, "lr": self.lr, **logs}, step)
         seconds = self.epoch.seconds / max(1, self.epoch.steps - 1)
         self.context.progress(
             {
@@ -271,25 +259,46 @@ class Loop:
             "timings": self.timings.flush(),
         }
         if self._writes:
-            self.history.append(row)
+            self.records.history.append(row)
             self.context.progress(row)
         self.epoch = _Epoch()
-        is_last = epoch + 1 == settings.epochs
-        due = settings.validate_every > 0 and ((epoch + 1) % settings.validate_every == 0 or is_last)
-        is_best = self._validate(epoch) if due else False
+        if settings.validate_elsewhere:
+            with self.timings.measure("checkpoint/save"):
+                self._save(is_best=False)
+            with self.timings.measure("validation/wait"):
+                self._hand_over()
+            return
+        is_best = self._validate(epoch) if self.judging.is_due(self.position.global_step) else False
         with self.timings.measure("checkpoint/save"):
-            self._save(is_best=is_best or settings.validate_every == 0)
+            self._save(is_best=is_best or self.judging.every == 0)
 
     def _bad_images_of_all_ranks(self) -> dict[int, str]:
-        everyone: list[dict[int, str]] = [self.epoch.bad_images]
-        if self.context.world_size > 1:
-            everyone = [{}] * self.context.world_size
-            dist.all_gather_object(everyone, self.epoch.bad_images)
+        everyone = all_objects(self.epoch.bad_images, self.context)
         return {row: reason for bad in everyone for row, reason in sorted(bad.items())}
+
+    def _hand_over(self) -> None:
+        """Hand over the checkpoints that are due, and take up what came back; wait while too many are under way."""
+        while True:
+            rows, waiting = all_objects(self._taken_up() if self._writes else None, self.context)[0]
+            for row in rows:
+                self.context.report(row)
+            for step in waiting:
+                if step not in self._handed_over:
+                    self.context.hand_over(step)
+                    self._handed_over.add(step)
+            if len(waiting) <= MOST_ELSEWHERE:
+                return
+            time.sleep(POLL_S)
+
+    def _taken_up(self) -> tuple[list[dict[str, Any]], list[int]]:
+        rows = self.validations.take_up()
+        for row in rows:
+            self.records.scores(row)
+        return rows, self.validations.waiting()
 
     def _validate(self, epoch: int) -> bool:
         """Score the extractor; whether it is the best so far."""
-        settings, start = self.settings, time.perf_counter()
+        start = time.perf_counter()
         if self.context.world_size > 1:
             # Batch statistics are each rank's own between two steps: rank 0's are the ones that are kept.
             average = self.updates.average
@@ -300,14 +309,12 @@ class Loop:
         self.timings.add("validation/epoch", seconds)
         row = {"kind": "validation", "epoch": epoch, "step": self.position.global_step, "seconds": seconds, **scores}
         if self._writes:
-            self.history.append({**row, "timings": self.timings.flush()})
-            self.history.publish()
-            for name, value in scores.items():
-                self.events.add_scalar(f"validation/{name}", value, self.position.global_step)
+            self.records.history.append({**row, "timings": self.timings.flush()})
+            self.records.history.publish()
+            self.records.scores(row)
         self.context.report(row)
-        value = scores[settings.metric]
-        sign = 1 if settings.mode == "max" else -1
-        is_best = epoch >= 0 and (self.best is None or sign * value > sign * self.best)
+        value = scores[self.judging.metric]
+        is_best = epoch >= 0 and self.judging.is_best(value, () if self.best is None else (self.best,))
         if is_best:
             self.best = value
         return is_best
@@ -328,10 +335,15 @@ class Loop:
                 {**self.meta, "epoch": epoch},
             )
             write_more = None if head is None else partial(sharded_checkpoint.write_parts, head)
-            checkpoints.save(self.run, found, is_best=is_best, keep=self.settings.keep, write_more=write_more)
-            self.events.flush()
-            self.run.publish(EVENTS)
-            self.history.publish()
+            checkpoints.save(
+                self.run,
+                found,
+                is_best=is_best,
+                keep=self.settings.keep,
+                keep_also=self.validations.waiting() if self.settings.validate_elsewhere else (),
+                write_more=write_more,
+            )
+            self.records.publish()
         elif head is not None:
             sharded_checkpoint.send_parts(head)
         if self.context.world_size > 1:

@@ -27,7 +27,7 @@ from oml_ray.retrieval.exclusion import ground_truth_counts
 from oml_ray.retrieval.metrics import per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
 from oml_ray.retrieval.rows import Rows
-from oml_ray.training.context import Context, contiguous_share
+from oml_ray.training.context import Context, all_objects, contiguous_share
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Validator:
         share = contiguous_share(table.validation_ids, context.rank, context.world_size)
         with tempfile.TemporaryFile(prefix="oml_ray-validation-") as scratch:
             ids, embeddings = self._embed(extractor, context, share, scratch)
-            present = np.sort(np.concatenate(_all_objects(ids, context)))
+            present = np.sort(np.concatenate(all_objects(ids, context)))
             queries = present[table.is_query[present]]
             gallery = present[table.is_gallery[present]]
             neighbors = self._search(ids, embeddings, extractor.embedding_dim, context)
@@ -97,7 +97,7 @@ class Validator:
         sequences = self.table.sequences
         gallery = Rows(ids[own_gallery], embeddings, sequences[ids[own_gallery]], own_gallery)
         answers = []
-        for owner, size in enumerate(_all_objects(len(own_queries), context)):
+        for owner, size in enumerate(all_objects(len(own_queries), context)):
             for start in range(0, size, self.block_rows):
                 stop = min(start + self.block_rows, size)
                 rows = own_queries[start:stop] if owner == context.rank else np.empty(0, np.int64)
@@ -113,15 +113,6 @@ class Validator:
                 )
                 answers.append(merge(_all_neighbors(found, context), k))
         return concatenate(answers)
-
-
-def _all_objects(item: object, context: Context) -> list:  # type: ignore[type-arg]
-    """Plain values of every rank, in rank order."""
-    if context.world_size == 1:
-        return [item]
-    items: list[object] = [None] * context.world_size
-    dist.all_gather_object(items, item)
-    return items
 
 
 def _from_owner(own: Tensor, shape: tuple[int, ...], owner: int, context: Context) -> Tensor:

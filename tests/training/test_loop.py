@@ -31,7 +31,7 @@ def loop(table: Path, folder: Path, **nodes: Any) -> Loop:
 def test_every_precision_learns(small_table: Path, tmp_path: Path, precision: str) -> None:
     trained = loop(small_table, tmp_path, training={"epochs": 3, "precision": precision})
     trained.train()
-    losses = [row["loss"] for row in trained.history.rows if row["kind"] == "train"]
+    losses = [row["loss"] for row in trained.records.history.rows if row["kind"] == "train"]
     assert losses[-1] < losses[0]
     expected = torch.float64 if precision == "fp64" else torch.float32
     assert {parameter.dtype for parameter in trained.learner.parameters()} == {expected}
@@ -40,7 +40,7 @@ def test_every_precision_learns(small_table: Path, tmp_path: Path, precision: st
 def test_history_and_events_tell_the_run(small_table: Path, tmp_path: Path) -> None:
     trained = loop(small_table, tmp_path, training={"epochs": 2, "log_every": 2}, validation={"every": 2})
     trained.train()
-    rows = trained.history.rows
+    rows = trained.records.history.rows
     assert [(row["kind"], row["epoch"], row["step"]) for row in rows] == [
         ("validation", -1, 0), ("train", 0, 4), ("train", 1, 8), ("validation", 1, 8),
     ]  # fmt: skip

@@ -152,6 +152,13 @@ class Metrics(Node):
         return [name for name in ("map_r", "r_precision", "ap", "mrr") if getattr(self, name)]
 
     @property
+    def only_listed(self) -> Metrics:
+        """These metrics without those that need more than a list of neighbors."""
+        return self.model_copy(
+            update={"map_r": False, "r_precision": False, "ap": False, "mrr": False, "fnmr_at_fmr": [], "pcf": []}
+        )
+
+    @property
     def names(self) -> list[str]:
         """Every metric that a list of neighbors tells, as `family.k`."""
         return [f"{family}.{k}" for family, ranks in self.listed.items() for k in ranks]

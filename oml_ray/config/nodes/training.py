@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from oml_ray.config.nodes.base import Node, NonNegative, Positive, Probability, Rate
 
@@ -95,9 +95,37 @@ class Checkpoint(Node):
     """Newest checkpoints to keep, beside the best."""
 
 
-class Scaling(Node):
-    num_workers: Positive = 2
+class Placement(Node):
+    labels: dict[Annotated[str, Field(min_length=1)], Annotated[str, Field(pattern=r"^[^!(), ]+$")]] = {}
+    """Labels of nodes, with their values: only nodes that have all of them are used."""
+    resources: dict[Annotated[str, Field(min_length=1)], Rate] = {}
+    """Custom resources of nodes that each process (or task) takes, e.g. {big_memory: 1}."""
+
+    @model_validator(mode="after")
+    def _are_custom(self) -> Self:
+        for name in ("CPU", "GPU", "memory"):
+            if name in self.resources:
+                raise ValueError(
+                    f"resources: {name} is no custom resource: other keys of the config say how much is taken"
+                )
+        return self
+
+
+class Placements(Node):
+    workers: Placement = Placement()
     """Training processes."""
+    decoding: Placement = Placement()
+    """Tasks that decode images, in training and evaluation."""
+    embedding: Placement = Placement()
+    """Actors that embed."""
+    gallery: Placement = Placement()
+    """Actors that search."""
+
+
+class Scaling(Node):
+    num_workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 2
+    """Training processes; [least, most]: as many as the cluster has room for; when nodes come or go, training goes on
+    from its last checkpoint."""
     use_gpu: bool = False
     """Give every worker and every actor a GPU."""
     cpus_per_worker: Positive = 1
@@ -106,12 +134,41 @@ class Scaling(Node):
     """CPUs for decoding, beside the workers' own."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Deaths of workers to recover from; -1: any number."""
+    resize_every_s: Rate = 60
+    """[least, most] workers: seconds between two looks whether the cluster has room for more."""
+    placement: Placements = Placements()
+    """Which nodes run what; empty: any."""
+    autoscaling: bool = False
+    """Whether the cluster grows when more is asked for: then what it lacks now is waited for, not refused."""
+
+    @property
+    def most_workers(self) -> int:
+        """How many training processes there may be."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def least_workers(self) -> int:
+        """How many training processes there must be."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"num_workers: the least must not be above the most, found {self.num_workers}")
+        if isinstance(self.num_workers, list) and self.placement.workers.labels:
+            raise ValueError(
+                "placement.workers.labels: Ray does not heed labels when it counts how many workers of num_workers: "
+                f"{self.num_workers} there is room for: mark the nodes by a custom resource and set "
+                "placement.workers.resources, e.g. {train_node: 1}"
+            )
+        return self
 
 
 class Validation(Node):
     every: NonNegative = 1
     """Epochs between two validations; 0: none during training."""
-    mode: Literal["inline"] = "inline"
-    """inline: the training workers validate between epochs."""
+    mode: Literal["inline", "async"] = "inline"
+    """inline: the training workers validate between epochs; async: other actors validate each checkpoint (as
+    `evaluation` says) while training goes on, on CPUs and GPUs beside the workers'."""
     at_start: bool = True
     """Validate before the first step: what the extractor scores untrained."""
