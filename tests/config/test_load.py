@@ -11,6 +11,7 @@ from oml_ray.config import (
     EmbedConfig,
     EvaluateConfig,
     SearchConfig,
+    SweepConfig,
     TrainConfig,
     apply_overrides,
     differing_keys,
@@ -21,7 +22,13 @@ from oml_ray.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIGURES = CONFIGS / "train" / "figures.yaml"
-SCHEMAS = {"train": TrainConfig, "embed": EmbedConfig, "evaluate": EvaluateConfig, "search": SearchConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "embed": EmbedConfig,
+    "evaluate": EvaluateConfig,
+    "search": SearchConfig,
+    "sweep": SweepConfig,
+}
 SHIPPED = sorted(path for verb in SCHEMAS for path in (CONFIGS / verb).glob("*.yaml"))
 
 
