@@ -1,7 +1,7 @@
 """Benchmarks: every figure is a ratio of two things alternated in one run, with its spread.
 
-Run as `python -m jobs.benchmark input --table TABLE` or `embed --table TABLE`, `learning`, `memory`, `retrieval` or
-`sampling`, on a quiet machine.
+Run as `python -m jobs.benchmark input --table TABLE` or `embed --table TABLE`, `learning`, `memory`, `retrieval`,
+`sampling` or `validation`, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import embed, learning, memory, retrieval, sampling
+from jobs.benchmarks import embed, learning, memory, retrieval, sampling, validation
 from jobs.benchmarks import input as input_suite
 from jobs.benchmarks.figure import Figure
 
@@ -23,6 +23,7 @@ SUITES: dict[str, Callable[..., Iterable[Figure]]] = {
     "memory": memory.suite,
     "retrieval": retrieval.suite,
     "sampling": sampling.suite,
+    "validation": validation.suite,
 }
 
 
@@ -31,7 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument(
-        "--table", help="CSV or Parquet table of real images for input and embed; without it, generated figures"
+        "--table",
+        help="table of real images for input, embed and validation; without it, generated figures",
     )
     parser.add_argument("--root", help="what its paths are relative to")
     parser.add_argument("--rounds", type=int, default=9, help="alternations of the two sides")
