@@ -113,6 +113,21 @@ def test_a_sweep_with_a_failing_trial(small_table: Path, tmp_path: Path, capfd: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_stopped_trials_give_back_what_they_held(small_table: Path, tmp_path: Path) -> None:
+    """ASHA over five trials, two at a time; whoever is stopped early leaves no placement group behind."""
+    space = {"seed": {"grid": [1, 2, 3, 4, 5]}}
+    tune = {"num_samples": 1, "scheduler": "asha", "reduction_factor": 2}
+    path = write(tmp_path, small_table, space, tune, training={"epochs": 6, "precision": "fp32"})
+    assert main(["sweep", path]) == 0
+    results = json.loads((tmp_path / "margins" / "results.json").read_text())
+    assert results["counts"]["failed"] == 0
+    assert results["counts"]["stopped"] + results["counts"]["finished"] == 5
+    assert groups_left() == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_whose_driver_is_killed_goes_on(small_table: Path, tmp_path: Path) -> None:
     """ASHA over six trials; the driver is killed (-9) in the third, then interrupted (Ctrl-C), then left alone."""
