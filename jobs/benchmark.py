@@ -1,7 +1,7 @@
 """Benchmarks: every figure is a ratio of two things alternated in one run, with its spread.
 
-Run as `python -m jobs.benchmark input --table TABLE` or `embed --table TABLE`, `learning`, `memory`, `retrieval`,
-`sampling` or `validation`, on a quiet machine.
+Run as `python -m jobs.benchmark input --table TABLE` or `embed --table TABLE`, `decode`, `learning`, `memory`,
+`retrieval`, `sampling` or `validation`, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import embed, learning, memory, retrieval, sampling, validation
+from jobs.benchmarks import decode, embed, learning, memory, retrieval, sampling, validation
 from jobs.benchmarks import input as input_suite
 from jobs.benchmarks.figure import Figure
 
 SUITES: dict[str, Callable[..., Iterable[Figure]]] = {
     "input": input_suite.suite,
+    "decode": decode.suite,
     "embed": embed.suite,
     "learning": learning.suite,
     "memory": memory.suite,
