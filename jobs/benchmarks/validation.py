@@ -15,7 +15,7 @@ from oml_ray.distributed import runs, trainer
 from oml_ray.distributed.session import Needs, session
 from oml_ray.training.run_directory import History
 
-EPOCHS = 8
+EPOCHS = 4
 BESIDE_STEPS = ("checkpoint/save", "validation/epoch", "validation/wait")
 
 

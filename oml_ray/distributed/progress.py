@@ -53,6 +53,9 @@ def _bar() -> Progress:
 
 def _line(row: dict[str, Any], metric: str) -> str:
     """What one row of the history says."""
+    if row["kind"] == "start":
+        many = "s" if row["workers"] > 1 else ""
+        return f"training on {row['workers']} worker{many}, from step {row['step']}"
     when = "before training" if row["epoch"] < 0 else f"epoch {row['epoch'] + 1}"
     if row["kind"] == "train":
         return f"{when}: loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s, {row['seconds']:.1f} s"

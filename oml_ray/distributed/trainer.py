@@ -256,4 +256,8 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     plan = build.plan(config, table)
     rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), config.scaling
     stream = RayStream(plan, payload["loaders"], rank, world_size, scaling.data_cpus, scaling.placement.decoding)
-    return build.loop(config, table, plan, RayContext(stream, payload["monitor"]), run)
+    loop = build.loop(config, table, plan, RayContext(stream, payload["monitor"]), run)
+    step, is_elastic = loop.position.global_step, not isinstance(scaling.num_workers, int)
+    if rank == 0 and (step or is_elastic):
+        payload["monitor"].report.remote({"kind": "start", "workers": world_size, "step": step})
+    return loop
