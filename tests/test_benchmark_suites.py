@@ -142,6 +142,8 @@ def test_indexes() -> None:
     assert all(rate > 0 for figure in rates for rate in (*figure.ours, *figure.theirs))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("in_this_process", "cluster")
 def test_searches_through_ray() -> None:
     """The gallery is so large that Ray passes its shards through the object store."""
@@ -169,6 +171,7 @@ def test_a_large_gallery() -> None:
     assert figures["large over 4 shards (s)"].notes["gallery"] == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process", "cluster")
 def test_embed(small_table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "NETWORKS", {"vit": embed.Network({"name": "timm", "model": "test_vit"}, 32, 400)})
