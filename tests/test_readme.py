@@ -25,6 +25,7 @@ def test_snippets_run(code: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert len(COMMANDS) >= 5

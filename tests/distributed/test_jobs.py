@@ -41,7 +41,10 @@ SMALL = f"training.epochs={EPOCHS} scaling.num_workers=1 evaluation.gallery.shar
 TRAIN = f"jobs/train.py configs/train/figures_smoke.yaml --set {SMALL}"
 
 # All that a job may write: no bars, no colours, nothing of Ray.
-TRAINING = r"before training: cmc\.1 [\d.]+|epoch \d+: (loss [\d.]+, \d+ images/s, [\d.]+ s|cmc\.1 [\d.]+)"
+TRAINING = (
+    r"before training: cmc\.1 [\d.]+|epoch \d+: (loss [\d.]+, \d+ images/s, [\d.]+ s|cmc\.1 [\d.]+)|"
+    r"training on \d+ workers?, from step \d+"
+)
 RESULTS = r"\d+ queries, \d+ gallery items|  \S+ +[\d.]+  \[[\d.]+, [\d.]+\](  before training [\d.]+)?"
 WAITING = r"waiting for CPUs: .*"
 
