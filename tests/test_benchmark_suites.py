@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from jobs import benchmark
 from jobs.benchmarks import (
     clustered,
     embed,
+    plot,
     processes,
     product,
     retrieval,
@@ -29,6 +32,7 @@ from jobs.benchmarks import (
 )
 from jobs.benchmarks.figure import Figure
 from oml_ray.distributed.session import Needs, session
+from oml_ray.errors import RunError
 
 
 @pytest.fixture
@@ -160,6 +164,7 @@ def test_searches_through_ray() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process", "cluster")
 def test_a_large_gallery() -> None:
     figures = by_name(retrieval.suite(table=None, root=None, rounds=1, scale=0.001, only=["large"], large=True))
@@ -204,6 +209,62 @@ def test_what_is_measured_is_printed_and_kept(
     assert given == [{"table": None, "root": None, "rounds": 3, "scale": 0.5, "only": ["within"], "large": True}]
     assert [figure["name"] for figure in json.loads(out.read_text())] == ["one", "two"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
+    assert ElementTree.parse(out.with_suffix(".svg")).getroot().tag.endswith("svg")
+
+
+def test_what_is_shared_stands_once_above_and_a_user_error_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def suite(**_: Any) -> Iterator[Figure]:
+        for name in ("one", "two"):
+            yield Figure(name, "<= 1", "s", [1.0], [2.0], {}, setting="both with 2 threads")
+        raise RunError("pip could not install the peers")
+
+    out = tmp_path / "new" / "benchmark.json"
+    monkeypatch.setitem(benchmark.SUITES, "peers", suite)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "peers", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.err == "pip could not install the peers\n"
+    assert [line.split()[:1] for line in printed.out.splitlines()] == [[], ["both"], ["one"], ["two"]]
+    assert "one (s)" in out.with_suffix(".svg").read_text()  # of what was measured before
+
+
+def test_parts_are_those_of_the_suite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "peers", "--only", "evaluate", "within"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--only: peers has no within, but evaluate, embed, miners, samplers, train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "bound"),
+    [("<= 0.75", (0.75, False)), ("< 1", (1, False)), (">= 0.9", (0.9, True)), ("-", None), ("ours <= 3 s", None)],
+)
+def test_a_target_may_name_a_ratio(target: str, bound: tuple[float, bool] | None) -> None:
+    assert Figure("one", target, "s", [1.0], [2.0], {}).bound == bound
+
+
+def test_the_plot_shows_every_figure(tmp_path: Path) -> None:
+    figures = [
+        Figure("faster", "<= 1", "s", [1.0, 3.0], [2.0, 4.0], {}),
+        Figure("slower & larger", ">= 1", "images/s", [1.0], [4.0], {}),
+        Figure("free", "-", "s", [0.0], [4.0], {}),
+        Figure("stopped", "<= 1", "s", [1.0], [], {}, reason="peer: more than 600 s"),
+    ]
+    plot.draw(figures, tmp_path / "benchmark.svg")
+    drawn = (tmp_path / "benchmark.svg").read_text()
+    texts = {
+        "".join(text.itertext()).strip()
+        for text in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")
+    }
+    assert {"faster (s)", "slower & larger (images/s)", "free (s)", "stopped (s)", "peer: more than 600 s"} <= texts
+    bars = [color for color in re.findall("fill: (#[0-9a-f]{6})", drawn) if color in (plot.MET, plot.MISSED, plot.FREE)]
+    assert bars == [plot.MET, plot.MISSED, plot.FREE, plot.MISSED]  # the last is the reason's text
+    plot.draw(figures, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
 
 
 def test_the_product_multiplies_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from jobs.benchmarks import clustered, product
 from jobs.benchmarks.processes import Watch, descendants, memory
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import resolve
-from oml_ray.distributed.gallery import GalleryPool, Part
+from oml_ray.distributed.gallery import GalleryPool
 from oml_ray.distributed.session import Needs, session, unwrapped
+from oml_ray.distributed.shard import Part
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
 SHARD = "ray::GalleryShard"

@@ -86,7 +86,7 @@ def _measure(name: str, table: str, root: str | None, rounds: int, scale: float,
                 with environment(variables):
                     measured[kind] = fresh(bare, first, kind, num_images // 4)
             for title, config in configs.items():
-                job = partial(_seconds, config, images)
+                job = partial(seconds, config, images)
                 whole, quarter = job(num_images), job(num_images // 4)
                 measured[f"{title}, whole"] = num_images / whole
                 measured[title] = (num_images - num_images // 4) / max(whole - quarter, 1e-9)
@@ -112,7 +112,7 @@ def _config(network: Network, table: str, root: str | None, folder: str, actors:
     return runs.resolved(validate(EmbedConfig, tree, "benchmark"))
 
 
-def _seconds(config: EmbedConfig, images: embed.Images, num_images: int) -> float:
+def seconds(config: EmbedConfig, images: embed.Images, num_images: int) -> float:
     """How long the job takes for some images, in a session that is there."""
     run = RunDirectory(config.run.storage, config.run.name)
     some = replace(images, rows=np.resize(images.rows, num_images))

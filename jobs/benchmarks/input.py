@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from jobs.benchmarks.figure import Figure
 from oml_ray.config import TrainConfig, dump, validate
-from oml_ray.distributed import runs, trainer
+from oml_ray.distributed import runs, trainer, worker
 from oml_ray.distributed.session import session, unwrapped
 from oml_ray.distributed.stream import BATCHES_AHEAD, BATCHES_PER_TASK
 from oml_ray.training.loop import Loop
@@ -71,7 +71,7 @@ def _measure(model: str, table: str, root: str | None, rounds: int) -> Figure:
 
 def work(payload: dict[str, Any]) -> None:
     """What each worker runs."""
-    loop = trainer.build_loop(payload)
+    loop = worker.build_loop(payload)
     loop.wrap()
     steps, rounds = loop.plan.steps_per_epoch, int(loop.run.read_text("rounds.json") or "7")
     result: dict[str, list[float]] = {"loop": [], "fixed": []}
