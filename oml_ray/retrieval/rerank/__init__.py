@@ -6,6 +6,7 @@ k_reciprocal      nearer, the more two instances share of their mutual neighborh
 diffusion         nearer, the more paths of mutual neighbors lead from one to the other
 normalisation     distances relative to how near a query, and a gallery instance, is to others at all
 thresholding      shorter lists
+pairwise          as a model judges each query together with its nearest
 ================  =========================================================================================
 
 `k_reciprocal` and `diffusion` read the `graph` of nearest neighbors, as sparse as the lists are. Each sorts by
