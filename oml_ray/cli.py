@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM, by which jobs are stopped
         print(
-            "oml-ray: interrupted; an unfinished run continues under run.resume: auto, a sweep by --resume.",
+            "oml-ray: interrupted; the same command continues an unfinished run, a sweep with --resume.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -95,15 +95,57 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--dry-run", action="store_true", help="check all that can be checked, print the config")
         if name == "sweep":
             added.add_argument("--resume", action="store_true", help="continue a sweep that was interrupted")
-    _add_config(verb("check", "Check the table of a config.", _check))
+    check = verb("check", "Check the table of a config.", _check)
+    _add_config(check)
+    check.add_argument("--images", action="store_true", help="decode every image: copies, odd sizes, boxes, damage")
+    check.add_argument("--store", metavar="DIR", help="embeddings of the table: likely wrong labels, more copies")
+    check.add_argument("--page", metavar="OUT.html", help="write what --images and --store find, with pictures")
     figures = verb("figures", "Write the generated data set.", _figures)
     figures.add_argument("directory", metavar="DIR", help="folder to write, as df.csv and images/")
+    convert = verb("convert", "Write the table of a data set, from the files that its publisher packs.", _convert)
+    convert.add_argument("data_set", metavar="NAME", help="cub, cars, sop, inshop, folder or emoji")
+    convert.add_argument("source", metavar="SRC", help="its folder (emoji: where packages are or go, and images go)")
+    convert.add_argument("target", metavar="OUT.csv", help="the table to write; its paths are relative to SRC")
+    convert.add_argument("--protocol", help="cub, cars: disjoint (default) or oml; inshop: official (default) or boxes")
+    convert.add_argument("--validation-share", type=float, metavar="X", help="folder: of the labels; 0.5 by default")
+    convert.add_argument(
+        "--seed", type=int, help="folder: draw the labels of validation; else they are the last by name"
+    )
     verb("zoo", "List the pretrained extractors that configs can name.", _zoo)
+    _add_export(verb("export", "Write a model, or an index of embeddings, for other programs.", _export_model))
     return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    forms = parser.add_subparsers(title="forms", required=True, metavar="FORM", parser_class=_Parser)
+
+    def form(name: str, text: str, source: tuple[str, str], out: str) -> argparse.ArgumentParser:
+        added = forms.add_parser(name, help=text, description=text)
+        added.set_defaults(form=name)
+        added.add_argument("source", metavar=source[0], help=source[1])
+        added.add_argument("out", metavar=out, help="local path to write")
+        added.add_argument("--force", action="store_true", help="replace the file or exported folder there")
+        return added
+
+    checkpoint = ("CHECKPOINT", "folder or URI of a checkpoint, or a run's checkpoints/best")
+    form("onnx", "Write an extractor as an ONNX file, checked with onnxruntime.", checkpoint, "OUT.onnx")
+    form("torch", "Write an extractor as a program of torch.export, for plain torch.", checkpoint, "OUT.pt2")
+    form("timm", "Write an extractor as a folder that timm loads.", checkpoint, "OUT_DIR")
+    store = ("STORE", "folder or URI of an embeddings store, or of its run")
+    index = form("index", "Write an index of FAISS or hnswlib over an embeddings store.", store, "OUT")
+    index.set_defaults(run=_export_index)
+    library = index.add_mutually_exclusive_group(required=True)
+    library.add_argument("--factory", metavar="STRING", help="FAISS, by a factory string such as HNSW32")
+    library.add_argument("--hnswlib", action="store_true", help="a graph of hnswlib")
+    _add_overrides(index, "keys of evaluation.gallery and their values, such as distance=cosine")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    _add_overrides(parser, "dotted keys and YAML values that replace those of the config")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -111,7 +153,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="dotted keys and YAML values that replace those of the config",
+        help=text,
     )
 
 
@@ -184,6 +226,11 @@ def _check(parsed: argparse.Namespace) -> None:
     tree = apply_overrides(read_yaml(parsed.config), parsed.overrides)
     schema: type[EmbedConfig | TrainConfig] = EmbedConfig if "source" in tree else TrainConfig
     config = validate(schema, tree, parsed.config)
+    if parsed.images or parsed.store is not None or parsed.page is not None:
+        from oml_ray.distributed import doctor
+
+        doctor.check(config, images=parsed.images, store=parsed.store, page=parsed.page)
+        return
     from oml_ray import build
     from oml_ray.data.audit import audit
 
@@ -196,6 +243,14 @@ def _figures(parsed: argparse.Namespace) -> None:
     print(write_figures(parsed.directory))
 
 
+def _convert(parsed: argparse.Namespace) -> None:
+    from oml_ray.data.converters import convert
+
+    options = {name: getattr(parsed, name) for name in ("protocol", "validation_share", "seed")}
+    given = {name: value for name, value in options.items() if value is not None}
+    print(convert(parsed.data_set, parsed.source, parsed.target, **given))
+
+
 def _zoo(parsed: argparse.Namespace) -> None:
     from oml_ray.learning.zoo import zoo
 
@@ -206,3 +261,16 @@ def _zoo(parsed: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _export_model(parsed: argparse.Namespace) -> None:
+    from oml_ray.build import export
+
+    print(export.model(parsed.form, parsed.source, parsed.out, force=parsed.force))
+
+
+def _export_index(parsed: argparse.Namespace) -> None:
+    from oml_ray.build import export
+
+    backend = {"backend": "hnswlib"} if parsed.hnswlib else {"backend": "faiss", "factory": parsed.factory}
+    print(export.index(parsed.source, parsed.out, backend, parsed.overrides, force=parsed.force))

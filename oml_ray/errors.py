@@ -8,6 +8,7 @@
     ├── ImageError            an image that cannot be read, or its box
     ├── EmbeddingError        embeddings that cannot be searched (shape, NaN, missing part)
     ├── CheckpointError       a checkpoint that is absent, damaged, or of another architecture
+    ├── ExportError           a model that another format cannot hold
     ├── StorageError          a place that cannot be read or written
     ├── ResourceError         CPUs or GPUs that the cluster does not have
     └── RunError              a run that cannot start or continue under its name
@@ -15,6 +16,8 @@
 Every message names the file, key or row, what was found, what is allowed and what to do. Anything that is not an
 `OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace.
 """
+
+import re
 
 
 class OmlRayError(Exception):
@@ -41,6 +44,10 @@ class CheckpointError(OmlRayError):
     """A checkpoint is absent, damaged, or does not fit the model."""
 
 
+class ExportError(OmlRayError):
+    """A model cannot be expressed in another format, or would give other embeddings there."""
+
+
 class StorageError(OmlRayError):
     """A path or URI cannot be read or written."""
 
@@ -61,4 +68,5 @@ def reason_of(error: BaseException, limit: int = 300) -> str:
         ('KeyError', 'no')
     """
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    # The address of an object tells nobody anything, and differs each time.
+    return re.sub(r" at 0x[0-9a-f]+", "", lines[0])[:limit] if lines else type(error).__name__

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from oml_ray import build
 from oml_ray.config import TrainConfig, validate
-from oml_ray.training.context import LocalContext, LocalStream, PlannedBatch
+from oml_ray.data.stream import PlannedBatch
+from oml_ray.training.context import LocalContext, LocalStream
 from oml_ray.training.run_directory import RunDirectory
 
 

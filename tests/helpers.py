@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -66,6 +68,38 @@ def difference(one: Path, other: Path) -> float:
     a, b = load_file(one), load_file(other)
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def kill_train_worker() -> int:
+    """SIGKILL to one training process of this machine; its id."""
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+    ]
+    workers[-1].kill()
+    return workers[-1].pid
+
+
+def kill_marked(name: str, value: str) -> None:
+    """Kill (-9) all processes with a variable of this value in their environment, until none is left."""
+    deadline = time.monotonic() + 30
+    while left := _marked(name, value):
+        assert time.monotonic() < deadline, left
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=5)
+
+
+def _marked(name: str, value: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # it has ended meanwhile, or is someone else's
+            continue
+    return found
 
 
 Gloo = Callable[[int, Sequence[dict[str, Any]]], None]

@@ -151,7 +151,7 @@ def test_wrong_arguments_are_one_line(arguments: list[str], capsys: pytest.Captu
 def test_too_few_cpus_on_a_given_cluster(small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = train_config(small_table, tmp_path, scaling={"num_workers": 4, "data_cpus": 2})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     capfd.readouterr()
     try:
         for flag in ([], ["--dry-run"]):
@@ -179,7 +179,7 @@ def test_a_node_must_hold_a_whole_worker(small_table: Path, tmp_path: Path, capf
     """Enough CPUs in all, but no node with four."""
     config = train_config(small_table, tmp_path, scaling={"num_workers": 1, "cpus_per_worker": 4})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "dashboard_port": None})
     try:
         cluster.add_node(num_cpus=3)
         ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)

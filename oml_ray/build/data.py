@@ -17,8 +17,10 @@ from oml_ray.data.figures import write_figures
 from oml_ray.data.filesystem import is_uri, join, resolve
 from oml_ray.data.images import EvaluationLoader, ImageReader, TrainingLoader
 from oml_ray.data.plan import Plan
+from oml_ray.data.stream import ItemLoader
 from oml_ray.data.table import Table, check_files_exist, read_table
 from oml_ray.training.context import LocalStream
+from oml_ray.training.pairs import EmbeddingLoader, Mined
 
 FIGURES = "figures"
 
@@ -70,9 +72,16 @@ def figures_table(storage: str) -> str:
     return join(folder, "df.csv")
 
 
-def plan(config: TrainConfig, table: Table) -> Plan:
-    """Plan the global batches of a config."""
-    return Plan(SAMPLERS[config.sampler.name](config.sampler, table), config.seed)
+def plan(config: TrainConfig, table: Table, mined: Mined | None = None) -> Plan:
+    """Plan the global batches of a config; those of pairs from what was mined."""
+    node = config.sampler
+    if isinstance(node, nodes.HardPairsSampler):
+        assert mined is not None
+        labels = table.labels[mined.train]
+        sequences, given = table.sequences[mined.train], arguments(node, without=["depth"])
+        pairs = samplers.HardPairsSampler(mined.train, labels, mined.nearest, sequences=sequences, **given)
+        return Plan(pairs, config.seed)
+    return Plan(SAMPLERS[node.name](node, table), config.seed)
 
 
 def transform(node: nodes.Transform) -> transforms.Transform:
@@ -82,8 +91,18 @@ def transform(node: nodes.Transform) -> transforms.Transform:
     return built if jitter is None else transforms.ColorJitter(built, **arguments(jitter))
 
 
+def loaders(config: TrainConfig, table: Table, mined: Mined | None = None) -> tuple[ItemLoader, ItemLoader]:
+    """Build what loads planned batches, and what loads rows to be judged."""
+    if isinstance(config.model, nodes.LinearSiamese):
+        assert mined is not None
+        reader = ImageReader(table, max_pixels=config.data.max_pixels)
+        loader = EmbeddingLoader(reader, mined.embeddings, mined.embedded)
+        return loader, loader
+    return training_loader(config, table), evaluation_loader(config.data, table, config.transforms.eval)
+
+
 def training_loader(config: TrainConfig, table: Table) -> TrainingLoader:
-    """Build what loads planned batches."""
+    """Build what loads planned batches of images."""
     reader = ImageReader(table, max_pixels=config.data.max_pixels)
     return TrainingLoader(
         reader, transform(config.transforms.train), seed=config.seed, on_bad_image=config.data.on_bad_image
@@ -97,13 +116,9 @@ def evaluation_loader(data: nodes.Data, table: Table, node: nodes.EvalTransform)
     )
 
 
-def local_stream(config: TrainConfig, table: Table) -> LocalStream:
+def local_stream(config: TrainConfig, table: Table, mined: Mined | None = None) -> LocalStream:
     """Build a stream that needs no Ray."""
-    return LocalStream(
-        plan(config, table),
-        training_loader(config, table),
-        evaluation_loader(config.data, table, config.transforms.eval),
-    )
+    return LocalStream(plan(config, table, mined), *loaders(config, table, mined))
 
 
 def _train_labels(table: Table) -> samplers.Ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from oml_ray.data.table import Table
 from oml_ray.errors import CheckpointError, ConfigError
 from oml_ray.learning import miners
 from oml_ray.learning.bank import Bank, BankedCriterion
-from oml_ray.learning.extractors import Extractor, timm_extractor
+from oml_ray.learning.extractors import Extractor, Size, timm_extractor
 from oml_ray.learning.learner import Learner
 from oml_ray.learning.losses.arcface import ArcFaceLoss, CosFaceLoss
 from oml_ray.learning.losses.circle import CircleLoss
@@ -25,6 +25,7 @@ from oml_ray.learning.losses.contrastive import ContrastiveLoss
 from oml_ray.learning.losses.margins import AngularMargin, CosineMargin, Margin
 from oml_ray.learning.losses.multi_similarity import MultiSimilarityLoss
 from oml_ray.learning.losses.ntxent import NTXentLoss
+from oml_ray.learning.losses.pairs_bce import PairsBCELoss
 from oml_ray.learning.losses.proxy_anchor import ProxyAnchorLoss
 from oml_ray.learning.losses.pytorch_metric_learning import PytorchMetricLearningLoss
 from oml_ray.learning.losses.smooth_ap import SmoothAPLoss
@@ -32,13 +33,18 @@ from oml_ray.learning.losses.supcon import SupConLoss
 from oml_ray.learning.losses.surrogate_precision import SurrogatePrecisionLoss
 from oml_ray.learning.losses.surrogate_recall import SurrogateRecallLoss
 from oml_ray.learning.losses.triplet import TripletLoss
+from oml_ray.learning.pair_learner import PairLearner
 from oml_ray.learning.row_sparse import RowSparseAdamW, RowSparseOptimizer, RowSparseSGD
 from oml_ray.learning.sharded_head import ShardedHead
-from oml_ray.learning.weights import read_weights
+from oml_ray.learning.siamese import ConcatSiamese, LinearSiamese, PairModel
+from oml_ray.learning.weights import State, read_weights
 from oml_ray.learning.zoo import zoo_extractor
+from oml_ray.retrieval.store import fingerprint
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import optimizers
 from oml_ray.training.loop import AUTOCAST
+
+Model = TypeVar("Model", Extractor, PairModel)
 
 MINERS: dict[str, Callable[[Any], Any]] = {
     "all": lambda node: miners.AllTriplets(),
@@ -69,7 +75,7 @@ MARGINS: dict[str, Callable[[float], Margin]] = {"arcface": AngularMargin, "cosf
 ROW_OPTIMIZERS: dict[str, Callable[..., RowSparseOptimizer]] = {"adamw": RowSparseAdamW, "sgd": RowSparseSGD}
 
 
-def extractor(node: nodes.Extractor, size: int) -> Extractor:
+def extractor(node: nodes.Extractor, size: Size) -> Extractor:
     """Build an extractor, with its weights where the config names some.
 
     Raises:
@@ -106,22 +112,77 @@ def trained_extractor(checkpoint: str) -> tuple[Extractor, TrainConfig]:
         CheckpointError: it is absent, damaged or of an unknown format.
     """
     with checkpoints.located(checkpoint) as folder:
-        meta = checkpoints.read_meta(folder)
-        try:
-            config = validate(TrainConfig, meta["config"], f"{folder}/{checkpoints.META}")
-        except (KeyError, ConfigError) as error:
-            raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
+        config = _config_of(folder)
+        if config.extractor is None:
+            raise CheckpointError(
+                f"The checkpoint {folder} judges pairs and gives no embeddings: use it by evaluation.rerank, as "
+                f"{{name: pairwise, checkpoint: {checkpoint}}}."
+            )
         node = config.extractor.model_copy(update={"weights": None, "pretrained": False})
         return _load_extractor(extractor(node, config.transforms.eval.size), folder, node), config
 
 
+def trained_pair_model(checkpoint: str) -> tuple[PairModel, TrainConfig]:
+    """Build the model of pairs of a checkpoint (path or URI) with its weights, and return it with the run's config.
+
+    Raises:
+        CheckpointError: it is absent, damaged, of an unknown format, or of an extractor.
+    """
+    with checkpoints.located(checkpoint) as folder:
+        config = _config_of(folder)
+        if config.model is None:
+            raise CheckpointError(
+                f"The checkpoint {folder} is of an extractor, which judges no pairs: train one with model: {{name: "
+                "concat_siamese, ...}."
+            )
+        state = checkpoints.read_extractor(folder)
+        node = config.model
+        if isinstance(node, nodes.ConcatSiamese):
+            inner = node.extractor.model_copy(update={"weights": None, "pretrained": False})
+            node = node.model_copy(update={"extractor": inner})
+        dim = state["linear.weight"].shape[1] if isinstance(node, nodes.LinearSiamese) else 1
+        return _loaded(_pair_model(node, config.transforms.eval.size, dim), state, folder, node.name), config
+
+
+def weights_of(extractor: Extractor) -> str:
+    """Fingerprint of all that decides on an image's embedding: weights, normalisation of pixels and of embeddings."""
+    state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
+    others = {"mean": extractor.mean.numpy(), "std": extractor.std.numpy(), "normalize": np.array(extractor.normalize)}
+    return fingerprint({**state, **others})
+
+
+def _pair_model(node: nodes.PairModel, size: int, dim: int) -> PairModel:
+    """Build a model that judges pairs.
+
+    Args:
+        node: which one.
+        size: side of the images.
+        dim: of the embeddings.
+    """
+    if isinstance(node, nodes.LinearSiamese):
+        return LinearSiamese(dim, identity=node.identity)
+    return ConcatSiamese(extractor(node.extractor, (size, 2 * size)), node.mlp_hidden_dims)
+
+
+def _config_of(folder: Path) -> TrainConfig:
+    meta = checkpoints.read_meta(folder)
+    try:
+        return validate(TrainConfig, meta["config"], f"{folder}/{checkpoints.META}")
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"The checkpoint {folder} holds no config of this version: {error}") from None
+
+
 def _load_extractor(built: Extractor, folder: Path, node: nodes.Extractor) -> Extractor:
-    state = checkpoints.read_extractor(folder)
+    name = node.entry if isinstance(node, nodes.ZooExtractor) else node.model
+    return _loaded(built, checkpoints.read_extractor(folder), folder, name)
+
+
+def _loaded(built: Model, state: State, folder: Path, name: str) -> Model:
+    """A model with the weights of a checkpoint."""
     try:
         built.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        name = node.entry if isinstance(node, nodes.ZooExtractor) else node.model
         raise CheckpointError(f"The checkpoint {folder} is of another architecture than {name}: {reason}") from None
     return built
 
@@ -147,6 +208,7 @@ def criterion(config: TrainConfig, table: Table, embedding_dim: int, rank: int =
         except ConfigError as error:
             raise ConfigError(f"criterion (pytorch_metric_learning): {error}") from None
     known = torch.from_numpy(labels)
+    assert not isinstance(node, nodes.PairsBCE)  # of models that judge pairs, see `learner`
     if isinstance(node, nodes.ProxyAnchor):
         return ProxyAnchorLoss(known, embedding_dim, **arguments(node))
     if node.head.sharded:
@@ -212,25 +274,41 @@ def _sharded_head(
     )
 
 
-def learner(config: TrainConfig, table: Table, rank: int = 0, world_size: int = 1) -> Learner:
-    """Build extractor and criterion of one rank, their initial parameters drawn from the config's seed."""
+def learner(
+    config: TrainConfig, table: Table, rank: int = 0, world_size: int = 1, dim: int | None = None
+) -> Learner | PairLearner:
+    """Build model and criterion of one rank, their initial parameters drawn from the config's seed.
+
+    Args:
+        config: the run.
+        table: its table.
+        rank: which rank.
+        world_size: of how many.
+        dim: of the store's embeddings, for a model of pairs.
+    """
     torch.manual_seed(config.seed)
-    extracting, training = extractor(config.extractor, config.transforms.eval.size), config.training
+    size, training = config.transforms.eval.size, config.training
+    built: Extractor | PairModel
+    if config.model is not None:
+        assert dim is not None
+        built = _pair_model(config.model, size, dim)
+    else:
+        assert config.extractor is not None
+        built = extractor(config.extractor, size)
     if training.freeze_statistics:
-        extracting.freeze_statistics()
+        built.freeze_statistics()
     if training.channels_last:
-        extracting.use_channels_last()
+        built.use_channels_last()
     if training.compile:
-        extracting.backbone.compile()
-    return Learner(
-        extracting,
-        criterion(config, table, extracting.embedding_dim, rank, world_size),
-        autocast=AUTOCAST.get(training.precision),
-        micro_batch=training.micro_batch,
-    )
+        built.backbone.compile()
+    options: dict[str, Any] = {"autocast": AUTOCAST.get(training.precision), "micro_batch": training.micro_batch}
+    if isinstance(built, PairModel):
+        assert isinstance(config.criterion, nodes.PairsBCE)
+        return PairLearner(built, PairsBCELoss(**arguments(config.criterion)), **options)
+    return Learner(built, criterion(config, table, built.embedding_dim, rank, world_size), **options)
 
 
-def optimizer(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
+def optimizer(config: TrainConfig, learner: Learner | PairLearner) -> torch.optim.Optimizer:
     """Build the optimizer of a learner."""
     return optimizers.build_optimizer(learner, **config.optimizer.model_dump())
 

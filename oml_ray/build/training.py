@@ -8,6 +8,7 @@ from typing import Any
 
 from oml_ray import __version__
 from oml_ray.build.learning import learner, optimizer
+from oml_ray.build.tracking import trackers
 from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.plan import Plan
 from oml_ray.data.table import Table
@@ -16,6 +17,8 @@ from oml_ray.training import optimizers
 from oml_ray.training.context import Context
 from oml_ray.training.judging import Judging
 from oml_ray.training.loop import Loop
+from oml_ray.training.pair_validation import PairValidator
+from oml_ray.training.pairs import Mined
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.settings import Settings
 from oml_ray.training.validation import Validator
@@ -36,8 +39,12 @@ def factor(config: TrainConfig, steps_per_epoch: int) -> optimizers.Factor:
     return optimizers.constant(warmup_steps=node.warmup_steps)
 
 
-def validator(config: TrainConfig, table: Table) -> Validator:
-    """Build what scores the extractor during training."""
+def validator(config: TrainConfig, table: Table, mined: Mined | None = None) -> Validator | PairValidator:
+    """Build what scores the model during training."""
+    if config.model is not None:
+        assert mined is not None
+        listed, batch_size = config.evaluation.metrics.listed, config.evaluation.embed.batch_size
+        return PairValidator(table, mined, listed, config.model.top_n, batch_size)
     return Validator(
         table,
         config.evaluation.metrics.listed,
@@ -77,9 +84,12 @@ def judging(config: TrainConfig, steps_per_epoch: int) -> Judging:
     )
 
 
-def loop(config: TrainConfig, table: Table, plan: Plan, context: Context, run: RunDirectory) -> Loop:
+def loop(
+    config: TrainConfig, table: Table, plan: Plan, context: Context, run: RunDirectory, mined: Mined | None = None
+) -> Loop:
     """Build the training loop of one rank, from the run's last checkpoint if it has one."""
-    learning = learner(config, table, context.rank, context.world_size)
+    dim = None if mined is None else mined.embeddings.dimension
+    learning = learner(config, table, context.rank, context.world_size, dim)
     return Loop(
         context,
         run,
@@ -88,10 +98,11 @@ def loop(config: TrainConfig, table: Table, plan: Plan, context: Context, run: R
         learning,
         optimizer(config, learning),
         factor(config, plan.steps_per_epoch),
-        validator(config, table),
+        validator(config, table, mined),
         settings(config),
         judging(config, plan.steps_per_epoch),
-        checkpoint_meta(config, table),
+        checkpoint_meta(config, table, mined),
+        trackers(config, run) if context.rank == 0 else (),
     )
 
 
@@ -102,6 +113,7 @@ def versions() -> dict[str, str]:
     return {"oml_ray": __version__, "python": platform.python_version(), **found}
 
 
-def checkpoint_meta(config: TrainConfig, table: Table) -> dict[str, Any]:
+def checkpoint_meta(config: TrainConfig, table: Table, mined: Mined | None = None) -> dict[str, Any]:
     """Plain data that every checkpoint of a run carries."""
-    return {"config": config.model_dump(mode="json"), "table": table.fingerprint, "versions": versions()}
+    meta = {"config": config.model_dump(mode="json"), "table": table.fingerprint, "versions": versions()}
+    return meta if mined is None else {**meta, "store": mined.made_by}

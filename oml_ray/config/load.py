@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from oml_ray.config.nodes import Node
+from oml_ray.config.plain_yaml import MAX_DEPTH, parse_yaml, write_yaml
 from oml_ray.errors import ConfigError
 
 T = TypeVar("T", bound=Node)
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's floats (1e-3) and without silently dropped duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML safely; `name` is how messages call the text.
-
-    Raises:
-        ConfigError: not YAML, or not plain data.
-    """
-    try:
-        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -66,8 +29,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"There is no config file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:  # the latter: no UTF-8, or a path with a null byte
+        raise ConfigError(f"The config file {str(path)!r} cannot be read: {error}.") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of config keys, found {type(tree).__name__}.")
@@ -84,16 +47,18 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     result = _copied(tree)
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not all(dotted.split(".")):
-            raise ConfigError(f"--set takes dotted.key=value, found {override!r}.")
         *parents, last = dotted.split(".")
+        if not equals or not all((*parents, last)) or len(parents) > MAX_DEPTH:
+            raise ConfigError(f"--set takes dotted.key=value, found {_shown(override)}.")
         node = result
         for depth, part in enumerate(parents):
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
                 if child is not None:
                     found = ".".join(parents[: depth + 1])
-                    raise ConfigError(f"--set {override}: {found} is the value {child!r}, which has no keys.")
+                    raise ConfigError(
+                        f"--set {_line(override)}: {found} is the value {_shown(child)}, which has no keys."
+                    )
                 child = node[part] = {}
             node = child
         node[last] = parse_yaml(text, f"--set {dotted}")
@@ -120,7 +85,7 @@ def validate(schema: type[T], tree: Mapping[str, Any], name: str) -> T:
 
 def dump(config: Node) -> str:
     """Return the resolved config, every default spelled out, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -141,7 +106,8 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any]) -> str:
     location = _within(detail["loc"], tree)
-    key, found, kind = ".".join(map(str, location)), detail["input"], detail["type"]
+    key, found, kind = _line(".".join(map(str, location))), detail["input"], detail["type"]
+    at = f"{key}: " if key else ""
     if kind == "extra_forbidden":
         legal = _legal_keys(schema, detail["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), legal, n=1)
@@ -151,16 +117,31 @@ def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any])
         return f"{key} is missing; it has no default."
     if kind == "union_tag_invalid":
         context = detail.get("ctx", {})
-        return f"{key}.name is {context.get('tag')!r}; allowed: {context.get('expected_tags')}."
+        tag = str(context.get("discriminator")).strip("'_()")  # 'name', or the function _backend()
+        return f"{key}.{tag} is {_line(context.get('tag'))!r}; allowed: {context.get('expected_tags')}."
     if kind == "union_tag_not_found":
         return f"{key} needs a key 'name' that says which kind it is."
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
-        return f"{key}: should be a mapping of keys, such as {{name: ...}}, found {found!r}."
+        return f"{at}should be a mapping of keys, such as {{name: ...}}, found {_shown(found)}."
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if kind == "value_error" and (not key or ", found " in message):
-        return f"{key}: {message}." if key else message
-    shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:77]}..."
-    return f"{key}: {message}, found {shown}."
+        return f"{at}{message}." if key else message
+    return f"{at}{message}, found {_shown(found)}."
+
+
+def _line(text: object) -> str:
+    """A text as a part of one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
+
+
+def _shown(found: object) -> str:
+    """A value as a part of one line."""
+    try:
+        text = repr(found)
+    except RecursionError:
+        text = f"{type(found).__name__} of very many levels"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _within(location: Sequence[int | str], tree: Any) -> list[int | str]:

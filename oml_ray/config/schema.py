@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from oml_ray.config import nodes
 from oml_ray.config.nodes import Node
@@ -17,11 +18,13 @@ class TrainConfig(Node):
     """Seed of everything random."""
     run: nodes.Run
     """Where the run lives."""
-    data: nodes.Data
+    data: nodes.TrainData
     """What it learns from."""
     transforms: nodes.Transforms
     """From decoded images to pixels."""
-    extractor: nodes.Extractor
+    model: nodes.PairModel | None = None
+    """In place of `extractor`: what judges pairs, to re-rank the neighbors that are found in `data.store`."""
+    extractor: nodes.Extractor | None = Field(None, validate_default=True)
     """From pixels to embeddings."""
     criterion: nodes.Criterion
     """From embeddings and labels to the loss."""
@@ -41,13 +44,36 @@ class TrainConfig(Node):
     """Judging during training."""
     evaluation: nodes.Evaluation = nodes.Evaluation()
     """Judging at the end."""
+    tracking: list[nodes.Tracker] = Field([])
+    """Where the run is recorded beside its own directory, e.g. [{name: mlflow, uri: http://host:5000}]."""
+
+    @field_validator("tracking")
+    @classmethod
+    def _is_each_once(cls, value: list[nodes.Tracker]) -> list[nodes.Tracker]:
+        if len({node.name for node in value}) < len(value):
+            raise ValueError("a run is recorded once by each tracker: leave out what is there twice")
+        return value
+
+    @field_validator("extractor")
+    @classmethod
+    def _one_of_both(cls, value: nodes.Extractor | None, info: ValidationInfo) -> nodes.Extractor | None:
+        model = info.data.get("model")
+        if value is None and model is None and "model" in info.data:
+            raise PydanticCustomError("missing", "one of extractor and model is needed")
+        if value is not None and model is not None:
+            raise ValueError("extractor and model exclude each other: one gives embeddings, the other judges pairs")
+        return value
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        batch, workers = self.sampler.batch_size, self.scaling.most_workers
+        _check_pairs(self)
+        batch, what = self.sampler.batch_size, "instances"
+        if isinstance(self.sampler, nodes.HardPairsSampler):
+            batch, what = self.sampler.n_pairs, "pairs"
+        workers = self.scaling.most_workers
         if workers > batch:
             raise ValueError(
-                f"scaling.num_workers: {workers} workers cannot share a global batch of {batch} instances "
+                f"scaling.num_workers: {workers} workers cannot share a global batch of {batch} {what} "
                 f"(the sampler's): use at most {batch} workers."
             )
         if self.transforms.train.size != self.transforms.eval.size:
@@ -60,10 +86,10 @@ class TrainConfig(Node):
                 f"checkpoint.metric: {self.checkpoint.metric!r} is not computed: use one of "
                 f"{', '.join(self.evaluation.metrics.names)}, or add its rank under evaluation.metrics."
             )
-        extractor = self.extractor
+        extractor = self.extractor or getattr(self.model, "extractor", None)
         if isinstance(extractor, nodes.TimmExtractor) and extractor.pretrained and extractor.weights:
             raise ValueError("extractor.pretrained and extractor.weights exclude each other: set one of them.")
-        only_backbone = extractor.embedding_dim is None and extractor.pooling != "gem"
+        only_backbone = extractor is not None and extractor.embedding_dim is None and extractor.pooling != "gem"
         if self.training.freeze_epochs and only_backbone and isinstance(self.criterion, nodes.OfPairs):
             raise ValueError(
                 "training.freeze_epochs freezes the backbone, and nothing else has parameters: "
@@ -88,6 +114,25 @@ class TrainConfig(Node):
         if isinstance(self.criterion, nodes.Triplet):
             _check_miner(self.criterion, self.sampler)
         return self
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    """Refuse what belongs to models of pairs without one, and the other way round."""
+    is_pairs = config.model is not None
+    given = {
+        "criterion": (config.criterion.name, isinstance(config.criterion, nodes.PairsBCE), "name: pairs_bce"),
+        "sampler": (config.sampler.name, isinstance(config.sampler, nodes.HardPairsSampler), "name: hard_pairs"),
+        "data.store": (config.data.store, config.data.store is not None, "an embeddings store"),
+    }
+    for key, (found, is_of_pairs, needed) in given.items():
+        if is_of_pairs and not is_pairs:
+            raise ValueError(f"{key}: {found} is for models that judge pairs: set model in place of extractor.")
+        if is_pairs and not is_of_pairs:
+            raise ValueError(f"{key}: a model of pairs needs {needed}, found {found!r}.")
+    if is_pairs:
+        config.evaluation.check_reranked()
+    if is_pairs and config.validation.mode == "async":
+        raise ValueError("validation.mode: models of pairs are validated inline: use inline.")
 
 
 def _check_miner(criterion: nodes.Triplet, sampler: nodes.Sampler) -> None:
@@ -213,3 +258,12 @@ class SearchConfig(Node):
     """How queries are embedded (`embed`), the store is searched (`gallery`), and what the page shows (`pictures`)."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu` and `data_cpus`."""
+
+    @model_validator(mode="after")
+    def _is_not_reranked(self) -> Self:
+        if self.evaluation.rerank:
+            raise ValueError(
+                "evaluation.rerank: search gives what is nearest and does not re-rank: leave it out, or use "
+                "oml-ray evaluate."
+            )
+        return self

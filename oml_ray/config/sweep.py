@@ -27,6 +27,9 @@ from oml_ray.config.space import (
 )
 from oml_ray.errors import ConfigError
 
+MAX_TRIALS = 10_000
+"""Trials of a sweep: each is drawn and checked before the first one starts."""
+
 NOT_SWEPT = {
     "run": "the sweep names the runs of its trials",
     "scaling": "it does not change what is learned",
@@ -93,6 +96,11 @@ class SweepConfig(Node):
         if tune.search == "optuna" and grids:
             raise ValueError(
                 f"tune.search: optuna draws all keys itself: give {', '.join(grids)} choice instead of grid."
+            )
+        if self.num_trials > MAX_TRIALS:
+            raise ValueError(
+                f"tune.num_samples: the sweep would have {self.num_trials:,} trials (samples x grid values); at most "
+                f"{MAX_TRIALS:,} are drawn: lower it, or shorten the grids."
             )
         return self
 
@@ -211,4 +219,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: base: {error}") from None
     config = validate(SweepConfig, apply_overrides(tree, of_base), str(path))
-    return config.checked()
+    try:
+        return config.checked()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -20,7 +20,7 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
     """Take a column of any simple type as text, with null for what is empty (null, NaN or an empty text).
 
     Raises:
-        pa.ArrowException: the type has no text (lists, structs, bytes that are not UTF-8).
+        pa.ArrowException: the type has no text (lists, structs), or a text is not UTF-8.
     """
     if pa.types.is_dictionary(column.type):
         column = pc.cast(column, column.type.value_type)
@@ -29,6 +29,7 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
     text = pc.cast(column, pa.large_string())
     if isinstance(text, pa.ChunkedArray):
         text = text.combine_chunks()
+    text.validate(full=True)  # the texts of a Parquet file are taken as they are
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
@@ -147,7 +148,12 @@ def name_rows(mask: Mask, *found: pa.LargeStringArray, limit: int = 5) -> str:
     rows = []
     for row in ids[:limit].tolist():
         values = [column[row].as_py() for column in found]
-        texts = ", ".join("empty" if value is None else repr(value) for value in values)
+        texts = ", ".join("empty" if value is None else shown(value) for value in values)
         rows.append(f"{row} ({texts})" if texts else f"{row}")
     more = ", ..." if len(ids) > limit else ""
     return f"{len(ids):,} row{'s' if len(ids) != 1 else ''}: {', '.join(rows)}{more}"
+
+
+def shown(text: str, limit: int = 120) -> str:
+    """A cell as a part of a message: quoted, in one line, and cut where it is long."""
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")

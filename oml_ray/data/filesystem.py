@@ -3,13 +3,14 @@
 import os
 import posixpath
 import re
+from contextlib import suppress
 from functools import lru_cache
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
-from oml_ray.errors import StorageError
+from oml_ray.errors import StorageError, reason_of
 
 KNOWN_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
@@ -45,11 +46,11 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     text = os.fspath(uri)
     if not is_uri(text):
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
-    parts = urlsplit(text, allow_fragments=False)
+    parts = _split(text)
     options = f"?{parts.query}" if parts.query else ""
     try:
         filesystem, base = _filesystem(f"{parts.scheme}://{parts.netloc}/{options}")
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         if "Unrecognized filesystem type" not in str(error):
             raise _storage_error("cannot use", text, error) from None
         known = ", ".join(f"{scheme}://" for scheme in KNOWN_SCHEMES)
@@ -80,7 +81,7 @@ def join(base: str | os.PathLike[str], *parts: str) -> str:
     text = os.fspath(base)
     if not is_uri(text):
         return os.path.join(text, *parts)
-    split = urlsplit(text, allow_fragments=False)
+    split = _split(text)
     path = posixpath.normpath(posixpath.join(split.path or "/", *(quote(part) for part in parts)))
     return split._replace(path=path).geturl()
 
@@ -111,14 +112,16 @@ def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> byt
     """
     try:
         if max_bytes is None and not is_uri(uri):
-            with open(os.path.expanduser(uri), "rb") as local:  # half the time of pyarrow's file: small images feel it
+            # Half the time of pyarrow's file: small images feel it. Of the path that `resolve` gives: the system would
+            # take `link/..` for the parent of where the link leads.
+            with open(os.path.abspath(os.path.expanduser(uri)), "rb") as local:
                 return local.read()
         filesystem, path = resolve(uri)
         with filesystem.open_input_file(path) as file:
             size = file.size()
             if max_bytes is None or size <= max_bytes:
                 return bytes(file.read())
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a null byte in the path
         raise _storage_error("cannot read", os.fspath(uri), error) from None
     raise StorageError(f"cannot read {os.fspath(uri)!r}: it has {size} bytes, at most {max_bytes} are allowed")
 
@@ -139,6 +142,8 @@ def exists(uri: str | os.PathLike[str]) -> bool:
 def list_files(uri: str | os.PathLike[str]) -> list[str]:
     """List the names of the files that lie directly in a directory; an absent directory holds none.
 
+    Names that are no texts (of bytes that are not UTF-8) are left out: no table can hold them.
+
     Raises:
         StorageError: the directory cannot be listed.
     """
@@ -147,7 +152,56 @@ def list_files(uri: str | os.PathLike[str]) -> list[str]:
         found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise _storage_error("cannot list", os.fspath(uri), error) from None
-    return [info.base_name for info in found if info.is_file]
+    names = []
+    for info in found:
+        with suppress(UnicodeDecodeError):
+            names += [info.base_name] if info.is_file else []
+    return names
+
+
+def linked_out(directory: str | os.PathLike[str], root: str | os.PathLike[str]) -> set[str] | None:
+    """Find the files that symbolic links put into a directory from outside of a local root.
+
+    Args:
+        directory: a local path or URI.
+        root: a local path or URI, which may itself be reached by links.
+
+    Returns:
+        Their names; None for all that is in the directory: it lies outside itself. None are outside of a root that is
+        elsewhere, where there are no links.
+
+    Example:
+        >>> import tempfile
+        >>> root = tempfile.mkdtemp()
+        >>> os.symlink("/etc/passwd", os.path.join(root, "a.png"))
+        >>> linked_out(root, root)
+        {'a.png'}
+    """
+    (there, path), (filesystem, base) = resolve(directory), resolve(root)
+    if not isinstance(there, fs.LocalFileSystem) or not isinstance(filesystem, fs.LocalFileSystem):
+        return set()
+    inside = os.path.join(os.path.realpath(base), "")
+
+    def is_inside(place: str) -> bool:
+        return os.path.join(os.path.realpath(place), "").startswith(inside)
+
+    try:
+        with os.scandir(path) as entries:
+            links = [entry.name for entry in entries if entry.is_symlink() and entry.name == _as_text(entry.name)]
+    except (OSError, ValueError):  # there is no such directory: what is in it is missing, not outside
+        return set()
+    return {name for name in links if not is_inside(os.path.join(path, name))} if is_inside(path) else None
+
+
+def _as_text(name: str) -> str:
+    return name.encode(errors="replace").decode()  # another one, if bytes of it are not UTF-8
+
+
+def _split(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri, allow_fragments=False)
+    except ValueError as error:  # such as [ in place of a host
+        raise _storage_error("cannot use", uri, error) from None
 
 
 @lru_cache(maxsize=64)
@@ -161,4 +215,4 @@ def _storage_error(doing: str, uri: str, error: Exception) -> StorageError:
     if isinstance(error, FileNotFoundError):
         return StorageError(f"{doing} {uri!r}: there is no such file")
     # libraries behind pyarrow list every path they tried, one a line
-    return StorageError(f"{doing} {uri!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return StorageError(f"{doing} {uri!r}: {reason_of(error)}")

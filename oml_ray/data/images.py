@@ -11,17 +11,23 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from oml_ray.data.filesystem import read_bytes
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.data.transforms import Pixels, Transform
-from oml_ray.errors import ImageError, StorageError
+from oml_ray.errors import ImageError, StorageError, reason_of
 
 Image.MAX_IMAGE_PIXELS = None  # `decode` has a bound of its own, which the user sets
 
+# Those that data sets have. Pillow knows forty more, one of which (EPS) is a program that Ghostscript would run.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
 OnBadImage = Literal["error", "skip"]
+
+_TILE_SIDES = (322, 323)  # tags of a TIFF: width and length of the tiles that it is decoded by, whatever its own size
+_MOST_SCANS = 200  # passes over all pixels that a JPEG of a few bytes each can ask for; ten are usual
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,20 @@ def decode(data: bytes, name: str, box: tuple[int, int, int, int] | None, max_pi
         ImageError: not an image, damaged, too large, or the box leaves the image.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if image.format == "TIFF":
+            tile = [image.tag_v2.get(side, 1) for side in _TILE_SIDES]  # type: ignore[attr-defined]
+            width, height = max(width, tile[0]), max(height, tile[1])
+        if width * height > max_pixels:
             raise ImageError(
-                f"{name}: {image.width} x {image.height} pixels are more than data.max_pixels "
+                f"{name}: {width} x {height} pixels are more than data.max_pixels "
                 f"({max_pixels}) allows: shrink the image, or raise data.max_pixels if you trust it."
             )
+        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MOST_SCANS:
+            raise ImageError(f"{name}: a JPEG of more than {_MOST_SCANS} scans, which take very long: save it again.")
+        if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+            raise ImageError(f"{name}: the box (x_1, y_1, x_2, y_2) = {box} is empty: correct it in the table.")
         if box and (box[2] > image.width or box[3] > image.height):
             raise ImageError(
                 f"{name}: the box (x_1, y_1, x_2, y_2) = {box} leaves the image, which is {image.width} x "
@@ -70,9 +84,11 @@ def decode(data: bytes, name: str, box: tuple[int, int, int, int] | None, max_pi
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"none of {', '.join(FORMATS)}" if is_unknown else f"{type(error).__name__}: {reason_of(error)}"
         raise ImageError(
-            f"{name}: not a readable image ({type(error).__name__}: {error}): replace the file, remove the row, "
-            "or set data.on_bad_image: skip."
+            f"{name}: not a readable image ({reason}): replace the file, remove the row, or set data.on_bad_image: "
+            "skip."
         ) from None
     return rgb.crop(box) if box else rgb
 
@@ -90,15 +106,36 @@ class ImageReader:
         Raises:
             ImageError: the file is absent or cannot be used.
         """
-        uri = self.table.uri(row)
-        name = f"{self.table.source}, row {row}, image {uri}"
+        return self.decoded(row, self.data(row))
+
+    def data(self, row: int) -> bytes:
+        """Return the file of one row's image.
+
+        Raises:
+            ImageError: it is absent or cannot be read.
+        """
+        try:
+            return read_bytes(self.table.uri(row))
+        except StorageError as error:
+            raise ImageError(f"{self._name(row)}: {error}") from None
+
+    def decoded(self, row: int, data: bytes) -> Image.Image:
+        """Return the RGB image of one row, cut to its box, out of its file.
+
+        Raises:
+            ImageError: the file cannot be used.
+        """
         boxes = self.table.boxes
         box = None if boxes is None or boxes[row, 0] < 0 else tuple(int(side) for side in boxes[row])
-        try:
-            data = read_bytes(uri)
-        except StorageError as error:
-            raise ImageError(f"{name}: {error}") from None
-        return decode(data, name, box, self.max_pixels)  # type: ignore[arg-type]
+        return decode(data, self._name(row), box, self.max_pixels)  # type: ignore[arg-type]
+
+    def _name(self, row: int) -> str:
+        return f"{self.table.source}, row {row}, image {self.table.uri(row)}"
+
+
+def nothing_of(transform: Transform) -> Pixels:
+    """No images: uint8 (0, 3, size, size)."""
+    return np.empty((0, 3, transform.size, transform.size), dtype=np.uint8)
 
 
 @contextmanager
@@ -111,6 +148,11 @@ def _quiet() -> Iterator[None]:
 
 class TrainingLoader:
     """Loads slices of planned batches; an image depends on (seed, epoch, step, position) alone."""
+
+    @property
+    def nothing(self) -> Pixels:
+        """A batch's images without any: their shape and type."""
+        return nothing_of(self.transform)
 
     def __init__(self, reader: ImageReader, transform: Transform, *, seed: int, on_bad_image: OnBadImage) -> None:
         """Load with `reader`, augment with `transform` under `seed`."""
@@ -174,6 +216,11 @@ class TrainingLoader:
 
 class EvaluationLoader:
     """Loads rows in order with nothing random; bad images are left out and listed."""
+
+    @property
+    def nothing(self) -> Pixels:
+        """A batch's images without any: their shape and type."""
+        return nothing_of(self.transform)
 
     def __init__(self, reader: ImageReader, transform: Transform, *, on_bad_image: OnBadImage) -> None:
         """Load with `reader` and `transform`."""

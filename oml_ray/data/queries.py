@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from oml_ray.data import table_file
 from oml_ray.data.filesystem import parent, resolve
-from oml_ray.data.table import Table, _load, check_files_exist, table_of
+from oml_ray.data.table import Table, check_files_exist, table_of
 from oml_ray.data.table_checks import BOX
 from oml_ray.errors import ConfigError, StorageError, TableError
 
@@ -47,10 +48,7 @@ def read_queries(source: str | os.PathLike[str], root: str | os.PathLike[str] | 
     filesystem, path = resolve(source)
     try:
         kind = filesystem.get_file_info(path).type
-        selector = fs.FileSelector(path, recursive=True)
-        found = filesystem.get_file_info(selector) if kind == fs.FileType.Directory else []
-        names = sorted(info.path[len(path) :].lstrip("/") for info in found if info.is_file)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise StorageError(f"queries: {source} cannot be listed: {error}") from None
     if kind == fs.FileType.NotFound:
         raise StorageError(f"queries: there is no {source}: give a folder of images, or a table of them.")
@@ -58,21 +56,46 @@ def read_queries(source: str | os.PathLike[str], root: str | os.PathLike[str] | 
         return _of_table(source, root), 0
     if root is not None:
         raise ConfigError(f"data.root: {source} is a folder of images; a root is for the paths of a table.")
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    images, num_others = list_images(source)
     if not images:
         raise TableError(
-            f"queries: the folder {source} holds no images, and {len(names)} other file(s): the names of images end in "
+            f"queries: the folder {source} holds no images, and {num_others} other file(s): the names of images end in "
             f"{', '.join(IMAGE_SUFFIXES)}."
         )
     columns = pa.table({"label": np.zeros(len(images), np.int64), "path": images})
-    return table_of(columns, source, source), len(names) - len(images)
+    table = table_of(columns, source, source)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        check_files_exist(table)  # they do, but symbolic links may lead out of the folder
+    return table, num_others
+
+
+def list_images(folder: str) -> tuple[list[str], int]:
+    """List the image files in a folder and in all its folders, but for hidden ones.
+
+    Args:
+        folder: a local path or URI.
+
+    Returns:
+        Their paths relative to the folder, sorted, and how many files have names that are not those of images.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+    filesystem, path = resolve(folder)
+    try:
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        names = sorted(info.path[len(path) :].lstrip("/") for info in found if info.is_file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"the folder {folder} cannot be listed: {error}") from None
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return images, len(names) - len(images)
 
 
 def _of_table(source: str, root: str | os.PathLike[str] | None) -> Table:
-    texts, num_rows = _load(source)
+    texts, num_rows = table_file.read(source)
     if "path" not in texts:
-        found = ", ".join(texts) or "none that is known"
+        found = ", ".join(texts)
         raise TableError(f"table {source}: queries need the column path (found: {found}).")
     columns = {name: texts[name] for name in ("path", *BOX) if name in texts}
     labels = np.zeros(num_rows, np.int64)

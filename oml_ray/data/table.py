@@ -6,7 +6,6 @@ Columns are OML's: `label, path, split, is_query, is_gallery` and, optionally, `
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -16,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import csv, parquet
 
 from oml_ray.data import columns as col
 from oml_ray.data import table_checks as checks
+from oml_ray.data import table_file
 from oml_ray.data.columns import Ids, Mask
-from oml_ray.data.filesystem import is_uri, join, list_files, parent, resolve
-from oml_ray.errors import TableError
+from oml_ray.data.filesystem import is_uri, join, linked_out, list_files, parent, resolve
+from oml_ray.errors import StorageError, TableError, reason_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +136,7 @@ def read_table(source: str | os.PathLike[str], root: str | os.PathLike[str] | No
     """
     source = _absolute(source)
     root = parent(source) if root is None else _absolute(root)
-    return _checked(source, root, *_load(source))
+    return _checked(source, root, *table_file.read(source))
 
 
 def table_of(columns: pa.Table, source: str, root: str | os.PathLike[str] | None = None) -> Table:
@@ -169,9 +168,10 @@ def table_of(columns: pa.Table, source: str, root: str | os.PathLike[str] | None
     defaults |= {"split": ["validation"] * len(columns), "is_query": ["True"] * len(columns)}
     defaults["is_gallery"] = defaults["is_query"]
     try:
-        texts = {name: _as_text(name, columns[name]) for name in columns.column_names if name in checks.COLUMNS}
+        known = [name for name in columns.column_names if name in checks.COLUMNS]
+        texts = {name: table_file.as_text(name, columns[name]) for name in known}
     except pa.ArrowException as error:
-        raise TableError(f"{source}: {error}") from None
+        raise TableError(f"{source}: {reason_of(error)}") from None
     texts |= {name: pa.array(values, pa.large_string()) for name, values in defaults.items() if name not in texts}
     return _checked(source, "/" if root is None else _absolute(root), texts, len(columns))
 
@@ -207,14 +207,14 @@ def _checked(source: str, root: str, texts: dict[str, pa.LargeStringArray], num_
 
 
 def check_files_exist(table: Table, ids: Ids | None = None) -> None:
-    """Check that the images are there, with one listing per directory instead of one look per image.
+    """Check that the images are there, and inside the root, with one listing per directory instead of a look per image.
 
     Args:
         table: the instances.
         ids: (n,) int64 row ids to look at; None for all.
 
     Raises:
-        TableError: images are missing.
+        TableError: images are missing, or symbolic links lead from their paths out of the table's root.
         StorageError: a directory cannot be listed.
     """
     ids = np.arange(len(table)) if ids is None else np.asarray(ids, dtype=np.int64)
@@ -223,19 +223,39 @@ def check_files_exist(table: Table, ids: Ids | None = None) -> None:
     codes, places = col.encode(directories)
     order = np.argsort(codes, kind="stable")
     bounds = np.searchsorted(codes[order], np.arange(len(places) + 1))
-    missing = np.zeros(len(ids), dtype=np.bool_)
+    missing, outside = np.zeros((2, len(ids)), dtype=np.bool_)
+
+    def among(rows: Ids, found: list[str], place: str) -> Mask:
+        both = found + [quote(name) for name in found] if is_uri(place) else found
+        return col.as_mask(pc.is_in(names.take(pa.array(rows)), value_set=pa.array(both, pa.large_string())))
+
+    def some(marked: Mask) -> str:
+        first = ", ".join(
+            f"{ids[row]} ({col.shown(paths[row].as_py())})" for row in np.flatnonzero(marked)[:5].tolist()
+        )
+        return first + (", ..." if marked.sum() > 5 else "")
+
     for code, place in enumerate(places):
         rows = order[bounds[code] : bounds[code + 1]]
-        found = list_files(place if is_uri(place) else join(table.root, place))
-        if is_uri(place):
-            found += [quote(name) for name in found]
-        known = pc.is_in(names.take(pa.array(rows)), value_set=pa.array(found, pa.large_string()))
-        missing[rows] = ~col.as_mask(known)
-    if missing.any():
-        first = ", ".join(f"{ids[row]} ({paths[row].as_py()!r})" for row in np.flatnonzero(missing)[:5].tolist())
+        directory = place if is_uri(place) else join(table.root, place)
+        try:
+            missing[rows] = ~among(rows, list_files(directory), place)
+            strays = linked_out(directory, table.root)
+        except StorageError as error:
+            row = rows[0]
+            raise StorageError(
+                f"table {table.source}, row {ids[row]} ({col.shown(paths[row].as_py())}): {error}"
+            ) from None
+        outside[rows] = True if strays is None else among(rows, list(strays), place)
+    if (outside & ~missing).any():
         raise TableError(
-            f"table {table.source}: {missing.sum():,} of {len(ids):,} images are not there; rows {first}"
-            f"{', ...' if missing.sum() > 5 else ''}; relative paths start at {table.root}: give another data.root?"
+            f"table {table.source}: from {(outside & ~missing).sum():,} of {len(ids):,} images symbolic links lead out "
+            f"of {table.root}; rows {some(outside & ~missing)}: put the files there, or set data.root to where they lie"
+        )
+    if missing.any():
+        raise TableError(
+            f"table {table.source}: {missing.sum():,} of {len(ids):,} images are not there; rows {some(missing)}; "
+            f"relative paths start at {table.root}: give another data.root?"
         )
 
 
@@ -247,54 +267,3 @@ def _ids(mask: Mask) -> Ids:
 
 def _absolute(uri: str | os.PathLike[str]) -> str:
     return os.fspath(uri) if is_uri(uri) else resolve(uri)[1]
-
-
-def _load(source: str) -> tuple[dict[str, pa.LargeStringArray], int]:
-    """Read the known columns as texts, and the number of rows."""
-    suffix = os.path.splitext(source.partition("?")[0] if is_uri(source) else source)[1].lower()
-    if suffix not in (".csv", ".parquet"):
-        raise TableError(f"table {source}: the file must end in .csv or .parquet, not {suffix or 'nothing'!r}")
-    filesystem, path = resolve(source)
-    read = _read_csv if suffix == ".csv" else _read_parquet
-    try:
-        data = read(filesystem.open_input_file, path)
-        return {name: _as_text(name, data[name]) for name in data.column_names}, data.num_rows
-    except FileNotFoundError:
-        raise TableError(f"table {source}: there is no such file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise TableError(f"table {source} cannot be read: {error}") from None
-
-
-def _as_text(name: str, column: pa.ChunkedArray) -> pa.LargeStringArray:
-    try:
-        return col.as_text(column)
-    except pa.ArrowException as error:
-        raise pa.ArrowInvalid(f"column {name!r} of type {column.type}: {error}") from None
-
-
-def _read_csv(opened: Callable[[str], pa.NativeFile], path: str) -> pa.Table:
-    # a caption may hold newlines, and an ignored column anything at all
-    parse = csv.ParseOptions(newlines_in_values=True)
-    with opened(path) as file, csv.open_csv(file, parse_options=parse) as head:
-        names = _known(head.schema.names)
-    convert = csv.ConvertOptions(
-        include_columns=names,
-        column_types={name: pa.large_string() for name in names},
-        strings_can_be_null=True,
-        null_values=[""],
-    )
-    with opened(path) as file:
-        return csv.read_csv(file, parse_options=parse, convert_options=convert)
-
-
-def _read_parquet(opened: Callable[[str], pa.NativeFile], path: str) -> pa.Table:
-    with opened(path) as file:
-        reader = parquet.ParquetFile(file)
-        return reader.read(columns=_known(reader.schema_arrow.names))
-
-
-def _known(names: list[str]) -> list[str]:
-    known = [name for name in names if name in checks.COLUMNS]
-    if len(set(known)) < len(known):
-        raise pa.ArrowInvalid(f"a column is there twice: {', '.join(sorted({n for n in known if known.count(n) > 1}))}")
-    return known

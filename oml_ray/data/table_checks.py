@@ -165,7 +165,10 @@ def _outside(paths: pa.LargeStringArray, root: str) -> Mask:
 def _escapes(directory: str, root: str | None) -> bool:
     # no local path lies inside a root elsewhere; there only the depth of `..` counts
     if "://" in directory:
-        split = urlsplit(directory, allow_fragments=False)
+        try:
+            split = urlsplit(directory, allow_fragments=False)
+        except ValueError:  # such as [ in place of a host
+            return True
         if split.netloc or root is None:
             return True
         directory = unquote(split.path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +25,14 @@ from oml_ray.data.images import Batch, EvaluationLoader
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distributed import runs
+from oml_ray.distributed.decoding import Row, error_note, fetched, load_part, raise_noted, unpack
 from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.session import Needs, check_given, placed, session, unwrapped
-from oml_ray.distributed.stream import Row, attempt, configure, error_note, fetched, pack, raise_noted, unpack
+from oml_ray.distributed.stream import configure
 from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor
-from oml_ray.retrieval.store import Manifest, Store, fingerprint
+from oml_ray.learning.siamese import PairModel
+from oml_ray.retrieval.store import Manifest, Store
 from oml_ray.training.run_directory import RunDirectory
 
 # Left alone, glibc gives what a batch frees back to the system, which zeroes it anew for the next batch: on CPUs that
@@ -53,6 +55,9 @@ def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
         {"decoding": scaling.placement.decoding, "embedding": scaling.placement.embedding},
         may_grow=scaling.autoscaling,
     )
+
+
+Model = TypeVar("Model", Extractor, PairModel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +133,6 @@ def _prepare(config: EmbedConfig) -> tuple[EmbedConfig, Images]:
     return config, images_of(config.source, config.data, config.run.storage, config.seed)
 
 
-def weights_of(extractor: Extractor) -> str:
-    """Fingerprint of all that decides on an image's embedding: weights, normalisation of pixels and of embeddings."""
-    state = {name: tensor.numpy() for name, tensor in extractor.state_dict().items()}
-    others = {"mean": extractor.mean.numpy(), "std": extractor.std.numpy(), "normalize": np.array(extractor.normalize)}
-    return fingerprint({**state, **others})
-
-
 def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: nodes.Scaling) -> tuple[Store, Manifest]:
     """Embed the rows that the run's store is missing, in a session that is there; return the whole store."""
     extractor, table, rows, transform = images.extractor, images.table, images.rows, images.transform
@@ -142,7 +140,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         num_rows=len(rows),
         rows_per_part=node.rows_per_part,
         embedding_dim=extractor.embedding_dim,
-        weights=weights_of(extractor),
+        weights=build.weights_of(extractor),
         transform=transform.model_dump(),
         table=table.fingerprint,
         split=images.data.split,
@@ -159,7 +157,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     # The memory is declared so that the tasks' arguments differ from the actors': with equal ones Ray Data fuses the
     # two, and each actor would decode for itself before it embeds.
     dataset = dataset.map_batches(
-        partial(_load_part, shared, node.rows_per_part),
+        partial(load_part, shared, node.rows_per_part),
         batch_size=None,
         num_cpus=1,
         memory=float(2 * 3 * transform.size**2 * node.rows_per_part),  # the images, and their block
@@ -169,7 +167,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         _Embedder,
         fn_constructor_args=(ray.put(extractor), shared, store, node, scaling.use_gpu),
         batch_size=None,
-        compute=_pool(node, len(missing)),
+        compute=actor_pool(node, len(missing)),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
         runtime_env={"env_vars": KEEP_MEMORY},
@@ -184,26 +182,17 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     return store, manifest
 
 
-def _pool(node: nodes.Embed, num_parts: int) -> ActorPoolStrategy:
+def actor_pool(node: nodes.Embed, num_parts: int) -> ActorPoolStrategy:
     """The actors: no more than there are parts, of which Ray Data would warn."""
     least, most = (node.actors, node.actors) if isinstance(node.actors, int) else node.actors
     return ActorPoolStrategy(min_size=min(least, num_parts), max_size=min(most, num_parts))
 
 
-def _load_part(shared: ray.ObjectRef[Any], rows_per_part: int, block: Row) -> Row:
-    loader, rows, missing = fetched(shared)
-    parts = missing[block["id"]]
-    outcomes = [
-        attempt(loader.load, rows[part * rows_per_part : (part + 1) * rows_per_part]) for part in parts.tolist()
-    ]
-    return {"part": parts, **pack(outcomes, min(rows_per_part, len(rows)), loader.transform.size)}
-
-
-def make_fast(extractor: Extractor, device: torch.device, num_threads: int) -> Extractor:
-    """Put an extractor into evaluation on a device, as it is fastest: convolutions are with channels last."""
+def make_fast(model: Model, device: torch.device, num_threads: int) -> Model:
+    """Put a model into evaluation on a device, as it is fastest: convolutions are with channels last."""
     torch.set_num_threads(num_threads)
-    extractor.to(device).eval().use_channels_last()
-    return extractor
+    model.to(device).eval().use_channels_last()
+    return model
 
 
 class _Embedder:

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig, dump, nodes
-from oml_ray.data.filesystem import exists, join, resolve
-from oml_ray.data.table import Table, table_of
-from oml_ray.distributed import embed, gallery, runs
+from oml_ray.data.filesystem import resolve
+from oml_ray.data.table import Table
+from oml_ray.distributed import embed, gallery, reranking, runs, sources
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.reporting import (
     baseline,
     print_metrics,
+    print_reranking,
     query_rows,
     random_queries,
     training_timings,
     worst_queries,
 )
-from oml_ray.distributed.search import Embedded, Found, search
+from oml_ray.distributed.search import Embedded, Found, places_in, search
 from oml_ray.distributed.session import Needs, check_given, session, unwrapped
 from oml_ray.errors import ConfigError
 from oml_ray.retrieval.approximation import ComparedSetting, compare, mark_pareto
-from oml_ray.retrieval.metrics import summarise
+from oml_ray.retrieval.metrics import changes, summarise
 from oml_ray.retrieval.neighbors_file import metrics_writer, neighbors_writer
 from oml_ray.retrieval.pcf import PrincipalComponents
-from oml_ray.retrieval.report import Report, write_report
-from oml_ray.retrieval.store import MANIFEST, Store
-from oml_ray.retrieval.user_embeddings import UserEmbeddings
+from oml_ray.retrieval.report import Report, RerankedStage, write_report
 from oml_ray.training.run_directory import History, RunDirectory
 
 
@@ -47,6 +46,8 @@ def searching_needs(evaluation: nodes.Evaluation, scaling: nodes.Scaling) -> Nee
     found = gallery.needs(evaluation.gallery, scaling)
     for other in evaluation.compare:
         found |= gallery.needs(other, scaling)
+    if any(isinstance(node, nodes.Pairwise) for node in evaluation.rerank):
+        found |= embed.needs(evaluation.embed, scaling)
     return found
 
 
@@ -77,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> None:
     with session(_needs(config)), unwrapped():
         if embedded is None:
             assert images is not None
-            embedded = embed_validation(run, config, images, timings)
+            embedded = sources.embed_validation(run, config, images, timings)
         measure(run, config, embedded, History(run).rows, timings)
 
 
@@ -102,95 +103,26 @@ def _prepare(config: EvaluateConfig) -> tuple[EvaluateConfig, embed.Images | Non
         assert config.data is not None
         images = embed.images_of(config.source, config.data, config.run.storage, config.seed)
         check(images.table)
+        check_dimension(config, images.extractor.embedding_dim)
         return config, images, None
     table = None if config.data is None else build.table(config.data, config.run.storage)
     if isinstance(config.source, nodes.StoreSource):
-        embedded = from_store(config.source.store, table)
+        embedded = sources.from_store(config.source.store, table)
     else:
-        embedded = from_files(config.source.embeddings, table, config.data)
+        embedded = sources.from_files(config.source.embeddings, table, config.data)
     check(embedded.table)
+    check_dimension(config, embedded.embeddings.dimension)
     return config, None, embedded
 
 
-def open_store(uri: str) -> Store:
-    """Open a store by its folder, or by the run that it is of."""
-    inside = join(uri, runs.EMBEDDINGS)
-    return Store(*resolve(uri if exists(join(uri, MANIFEST)) or not exists(join(inside, MANIFEST)) else inside))
-
-
-def from_store(uri: str, table: Table | None) -> Embedded:
-    """What a whole store holds; with a table, which must be the one it was made from, images can be shown.
+def check_dimension(config: TrainConfig | EvaluateConfig, dimension: int) -> None:
+    """Check what an evaluation does with embeddings of a dimension, before there are any.
 
     Raises:
-        EmbeddingError: it is not whole. ConfigError: it was made from another table.
+        OmlRayError: what does not fit.
     """
-    store = open_store(uri)
-    manifest = store.whole()
-    embeddings = UserEmbeddings(store.filesystem, store.path, by_position=table is None)
-    if table is not None:
-        if manifest.table != table.fingerprint:
-            raise ConfigError(
-                f"data.table: {table.source} is not the table that the store {store.path} was made from: give that "
-                "one, or leave data out (the store brings its labels itself)."
-            )
-        bad = store.bad_images(manifest)
-        if len(lost := np.setdiff1d(_lacking(table, embeddings), np.fromiter(bad, np.int64, len(bad)))):
-            raise ConfigError(
-                f"source.store: {store.path} was made with data.split: {manifest.split} and lacks {len(lost)} "
-                f"validation rows, first: {lost[:5].tolist()}: embed them."
-            )
-        return Embedded(table, embeddings, bad)
-    columns = embeddings.table()
-    assert columns is not None
-    return Embedded(table_of(columns, store.path), embeddings, has_images=False, left_out=store.bad_images(manifest))
-
-
-def from_files(uri: str, table: Table | None, data: nodes.SplitData | None) -> Embedded:
-    """What the user's own files hold; without a table they must bring their labels.
-
-    Raises:
-        ConfigError: the files do not have a row for each of the table's.
-    """
-    embeddings = UserEmbeddings(*resolve(uri), by_position=table is None)
-    if table is None or data is None:
-        columns = embeddings.table()
-        if columns is None:
-            raise ConfigError(
-                f"source.embeddings: {uri} holds embeddings alone; metrics need labels: set data.table to a table with "
-                f"a row for each of its {embeddings.num_rows} embeddings."
-            )
-        return Embedded(table_of(columns, uri), embeddings, has_images=False)
-    if "id" not in embeddings.columns:
-        rows = embed.rows_of(table, data.split)
-        if embeddings.num_rows not in (len(table), len(rows)):
-            raise ConfigError(
-                f"source.embeddings: {uri} has {embeddings.num_rows} rows, but the table {table.source} has "
-                f"{len(table)} ({len(rows)} in data.split: {data.split}): they must be as many, in the same order."
-            )
-        if embeddings.num_rows != len(table):
-            embeddings = embeddings.named(rows)
-    elif len(lost := _lacking(table, embeddings)):
-        raise ConfigError(
-            f"source.embeddings: {uri} has no embedding for {len(lost)} rows that are queries or gallery in the table "
-            f"{table.source}, first: {lost[:5].tolist()}: add them (its column id must hold row numbers of the table, "
-            "from 0), or leave data out to evaluate the file by its own columns."
-        )
-    return Embedded(table, embeddings)
-
-
-def _lacking(table: Table, embeddings: UserEmbeddings) -> NDArray[np.int64]:
-    """Rows that are evaluated, but not among the embeddings."""
-    return np.setdiff1d(np.concatenate([table.query_ids, table.gallery_ids]), embeddings.ids())
-
-
-def embed_validation(
-    run: RunDirectory, config: TrainConfig | EvaluateConfig, images: embed.Images, timings: dict[str, float]
-) -> Embedded:
-    """Embed what is evaluated, in a session that is there."""
-    start = time.perf_counter()
-    store, manifest = embed.fill_store(run, images, config.evaluation.embed, config.scaling)
-    timings["evaluate/embed"] = time.perf_counter() - start
-    return Embedded(images.table, UserEmbeddings(store.filesystem, store.path), store.bad_images(manifest))
+    gallery.check(config.evaluation.gallery, dimension)
+    reranking.check(config, dimension)
 
 
 def measure(
@@ -199,25 +131,50 @@ def measure(
     embedded: Embedded,
     history: list[dict[str, Any]],
     timings: dict[str, float],
+    tell: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> None:
-    """Search, measure and report, in a session that is there."""
+    """Search, re-rank, measure and report, in a session that is there.
+
+    Args:
+        run: where the results go.
+        config: of the run.
+        embedded: what is searched.
+        history: of the training before, if there was one.
+        timings: what was measured so far; gets more.
+        tell: is given the metrics, before the run counts as finished.
+    """
     evaluation, table = config.evaluation, embedded.table
     start = time.perf_counter()
-    found = search(embedded, evaluation, evaluation.gallery, config.scaling)
-    timings["evaluate/search"] = time.perf_counter() - start
-    start = time.perf_counter()
+    pool = gallery.pool_of(embedded.gallery(), evaluation.gallery, config.scaling)
+    try:
+        found = searched = search(embedded, evaluation, evaluation.gallery, config.scaling, pool=pool)
+        timings["evaluate/search"] = time.perf_counter() - start
+        start = time.perf_counter()
+        stages = reranking.reranked(found, embedded, config, run, pool) if evaluation.rerank else []
+    finally:
+        pool.close()
+    if stages:
+        timings["evaluate/rerank"] = time.perf_counter() - start
+        found = replace(found, neighbors=stages[-1].neighbors, values=stages[-1].values)
+    start, bootstrap = time.perf_counter(), evaluation.metrics.bootstrap
     metrics = summarise(
         found.values,
         table.categories[found.queries].astype(np.int64),
         table.category_names,
-        samples=evaluation.metrics.bootstrap.samples,
-        seed=evaluation.metrics.bootstrap.seed,
+        samples=bootstrap.samples,
+        seed=bootstrap.seed,
     )
     if found.fnmr:
         metrics["overall"]["fnmr_at_fmr"] = {f"{each.fmr:g}": {"value": each.fnmr, "ci95": None} for each in found.fnmr}
     _add_pcf(metrics, embedded, evaluation)
     timings["evaluate/metrics"] = time.perf_counter() - start
-    comparisons = _compare(embedded, evaluation, found, config.scaling)
+    comparisons = _compare(embedded, evaluation, searched, config.scaling)
+    told = [
+        RerankedStage(
+            stage.name, changes(stage.name, stage.values, stages[0].values, bootstrap.samples, bootstrap.seed)
+        )
+        for stage in stages
+    ]
     bad = {str(row): "see the training's log" for entry in history for row in entry.get("bad_rows", [])}
     bad |= {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
     bad |= {str(row): reason for row, reason in found.bad.items()}
@@ -235,6 +192,8 @@ def measure(
     }
     if comparisons:
         document["comparisons"] = [setting.as_json() for setting in comparisons]
+    if told:
+        document["reranking"] = [asdict(stage) for stage in told]
     _write_tables(run, embedded, evaluation, found)
     report = Report(
         title=run.name,
@@ -251,12 +210,15 @@ def measure(
             *((f"row {row}", reason) for row, reason in embedded.left_out.items()),
         ],
         comparisons=comparisons,
+        reranking=told,
     )
     write_report(run.path(runs.REPORT), report)
     run.publish(runs.REPORT)
+    print_reranking(told)
+    print_metrics(document, baseline(history), run)
+    tell(document)
     # Last: its presence says that the run is finished.
     run.write_text(json.dumps(document, indent=1), runs.METRICS)
-    print_metrics(document, baseline(history), run)
 
 
 def _add_pcf(metrics: dict[str, Any], embedded: Embedded, evaluation: nodes.Evaluation) -> None:
@@ -288,7 +250,7 @@ def _compare(
     if not evaluation.compare:
         return ()
     # What is counted over all pairs is exact whatever finds the neighbors.
-    listed_only = evaluation.model_copy(update={"metrics": evaluation.metrics.only_listed})
+    listed_only = evaluation.only_listed
     exact = found
     if not isinstance(evaluation.gallery, nodes.ExactGallery):
         shards = evaluation.gallery
@@ -298,10 +260,10 @@ def _compare(
     settings = []
     for setting in evaluation.compare:
         other = search(embedded, listed_only, setting, scaling)
-        order = np.argsort(other.queries)[np.searchsorted(np.sort(other.queries), exact.queries)]
+        order = places_in(other.queries, exact.queries)
         settings.append(
             compare(
-                _name_of(setting),
+                reranking.node_name(setting, setting.backend, frozenset({"backend", "index", "distance"})),
                 other.neighbors.select(order),
                 exact.neighbors,
                 k,
@@ -320,12 +282,6 @@ def _compare(
         say(f"  {settings[-1].name}: ann_recall@{k} {settings[-1].ann_recall:.4f}, "
             f"{settings[-1].queries_per_s:.0f} queries/s")  # fmt: skip
     return mark_pareto(settings)
-
-
-def _name_of(node: nodes.Gallery) -> str:
-    """What distinguishes one way of searching: its backend and the keys that are not the defaults."""
-    told = node.model_dump(exclude_defaults=True, exclude={"backend", "index", "distance"})
-    return " ".join([node.backend, *(f"{key}={value}" for key, value in told.items())])
 
 
 def _write_tables(run: RunDirectory, embedded: Embedded, evaluation: nodes.Evaluation, found: Found) -> None:

@@ -23,12 +23,12 @@ from oml_ray.data.queries import read_queries
 from oml_ray.data.table import Table
 from oml_ray.data.table_checks import BOX
 from oml_ray.distributed import embed, gallery, runs
-from oml_ray.distributed.evaluate import open_store
-from oml_ray.distributed.gallery import GalleryPool, Part
+from oml_ray.distributed.gallery import pool_of
 from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.reporting import THUMBNAIL
 from oml_ray.distributed.search import Embedded
 from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.distributed.shard import Part
 from oml_ray.errors import EmbeddingError, ImageError, StorageError
 from oml_ray.retrieval.neighbors_file import neighbors_writer
 from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
@@ -145,6 +145,7 @@ def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery,
     data = nodes.SplitData(table=config.queries, split="all", **config.data.model_dump())
     images = embed.Images(data, table, np.arange(len(table)), extractor, transform)
     searched = _gallery(config, images)
+    gallery.check(config.evaluation.gallery, searched.manifest.embedding_dim)
     notes = []
     if num_others:
         notes.append(f"{num_others} file(s) in {config.queries} are passed over: their names are not those of images.")
@@ -160,9 +161,9 @@ def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:
     Raises:
         EmbeddingError: it is not whole, or was made by something else than what embeds the queries.
     """
-    store = open_store(config.gallery)
+    store = build.open_store(config.gallery)
     manifest = store.whole()
-    here = {"weights": embed.weights_of(images.extractor), "transform": images.transform.model_dump()}
+    here = {"weights": build.weights_of(images.extractor), "transform": images.transform.model_dump()}
     there = {"weights": manifest.weights, "transform": manifest.transform}
     if differing := [f"{key} ({there[key]} there, {here[key]} in source)" for key in here if here[key] != there[key]]:
         raise EmbeddingError(
@@ -182,7 +183,7 @@ def _search(
     offset = int(part.ids[-1]) + 1
     blocks = (replace(block, ids=block.ids + offset) for block in queries.blocks(ids, node.block_rows))
     num_neighbors, shown = 0, list[Shown]()
-    pool = GalleryPool(part, node, use_gpu=config.scaling.use_gpu, place=config.scaling.placement.gallery)
+    pool = pool_of(part, node, config.scaling)
     try:
         with (
             neighbors_writer(*resolve(str(run.path(runs.NEIGHBORS))), k) as write,

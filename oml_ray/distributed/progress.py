@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ class Monitor:
     def __init__(self) -> None:
         self._current: dict[str, Any] | None = None
         self._finished: list[dict[str, Any]] = []
+        self._stopping = False
 
     def progress(self, row: dict[str, Any]) -> None:
         """Replace the current state."""
@@ -30,6 +32,14 @@ class Monitor:
     def report(self, row: dict[str, Any]) -> None:
         """Add a row of the history."""
         self._finished.append(row)
+
+    def stop(self) -> None:
+        """Ask the training to checkpoint and end."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether it was asked."""
+        return self._stopping
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Return the current state, and the rows since the last time."""
@@ -63,9 +73,16 @@ def _line(row: dict[str, Any], metric: str) -> str:
 
 
 @contextmanager
-def watching(monitor: Any, metric: str) -> Iterator[None]:
-    """Show a training's progress during the body of a `with`."""
-    stopped = threading.Event()
+def watching(monitor: Any, metric: str) -> Iterator[threading.Event]:
+    """Show a training's progress during the body of a `with`; a SIGTERM has it checkpoint and end, a second one kills.
+
+    Yields:
+        Whether a SIGTERM came.
+
+    Raises:
+        KeyboardInterrupt: it came, at the end of the body or after.
+    """
+    stopped, terminated = threading.Event(), threading.Event()
     bar = _bar()
 
     def show() -> None:
@@ -80,19 +97,44 @@ def watching(monitor: Any, metric: str) -> Iterator[None]:
     def poll() -> None:
         while not stopped.wait(POLL_S):
             with suppress(Exception):  # progress must never stop a training
+                if terminated.is_set():
+                    ray.get(monitor.stop.remote(), timeout=10)
                 show()
 
-    with bar:
+    with bar, _first_sigterm(terminated):
         task = bar.add_task("starting workers", total=None, rate="")
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
         try:
-            yield
+            yield terminated
         finally:
             stopped.set()
             thread.join(timeout=15)
             with suppress(Exception):
                 show()
+    if terminated.is_set():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _first_sigterm(terminated: threading.Event) -> Iterator[None]:
+    """Set an event at the first SIGTERM during the body of a `with`; the next one does what it did before."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # as in a trial of a sweep: Python hears of none there
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def hear(number: int, frame: Any) -> None:
+        terminated.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

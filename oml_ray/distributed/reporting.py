@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from oml_ray.distributed.progress import say
 from oml_ray.distributed.search import Embedded, Found, relevance
 from oml_ray.errors import EmbeddingError, ImageError
 from oml_ray.retrieval.metrics import ALL
-from oml_ray.retrieval.report import Picture, QueryRow
+from oml_ray.retrieval.report import Picture, QueryRow, RerankedStage
 from oml_ray.training.run_directory import RunDirectory
 
 THUMBNAIL = 112
@@ -113,6 +114,19 @@ def training_timings(history: list[dict[str, Any]]) -> dict[str, Any]:
         name: {"total_s": round(total, 3), "count": int(count), "mean_s": round(total / count, 6)}
         for name, (total, count) in totals.items()
     }
+
+
+def print_reranking(stages: Sequence[RerankedStage]) -> None:
+    """Print the first metric of each family after each re-ranker, and how much it has changed since the search."""
+    for stage in stages[1:]:
+        told = []
+        for family, ranks in stage.metrics.items():
+            rank, entry = next(iter(ranks.items()))
+            if entry["value"] is not None:
+                name = family if rank == ALL else f"{family}@{rank}"
+                interval = " [{:+.4f}, {:+.4f}]".format(*entry["change_ci95"]) if entry["change_ci95"] else ""
+                told.append(f"{name} {entry['value']:.4f} ({entry['change']:+.4f}{interval})")
+        say(f"after {stage.name}: {', '.join(told)}")
 
 
 def print_metrics(metrics: dict[str, Any], before_training: dict[str, Any] | None, run: RunDirectory) -> None:

@@ -22,14 +22,22 @@ from oml_ray.config import (
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
 from oml_ray.errors import ConfigError, RunError
+from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.run_directory import RunDirectory
+from oml_ray.training.tracking import mlflow_tracker, tracker, wandb_tracker
 
-CONFIG, METRICS, REPORT, EMBEDDINGS = "config.yaml", "metrics.json", "report.html", "embeddings"
+CONFIG, METRICS, REPORT, EMBEDDINGS = "config.yaml", "metrics.json", "report.html", build.EMBEDDINGS
 NEIGHBORS, PER_QUERY, QUERIES = "neighbors.parquet", "per_query.parquet", "queries.parquet"
 
 # Keys whose text is a path or a URI.
 PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddings", "index", "queries", "gallery",
          "gallery_root"}  # fmt: skip
+
+# What a run remembers of its trackers.
+TRACKING = (tracker.IDENTITY, mlflow_tracker.UNSENT, wandb_tracker.FOLDER)
+
+# Keys that may change when a run is continued.
+MAY_DIFFER = ("scaling", "run", "tracking")
 
 # What Ray sets for the command of a submitted job, and for nothing else: not for its tasks, actors and workers.
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -70,7 +78,7 @@ def _resolved(node: Any) -> Any:
         return node
     updates = {name: _resolved(getattr(node, name)) for name in type(node).model_fields}
     for name, value in updates.items():
-        if _is_path(name, value):
+        if is_path(name, value):
             updates[name] = absolute(value)
     return node.model_copy(update=updates)
 
@@ -97,37 +105,44 @@ def _paths(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             for index, item in enumerate(value):
                 if isinstance(item, nodes.Node):
                     yield from _paths(item, f"{prefix}{name}.{index}.")
-        elif _is_path(name, value):
+        elif is_path(name, value):
             yield f"{prefix}{name}", value
 
 
-def _is_path(name: str, value: Any) -> bool:
+def is_path(name: str, value: Any) -> bool:
     """Whether a key's value is a path; the generated table is none."""
     return name in PATHS and isinstance(value, str) and (name, value) != ("table", build.FIGURES)
 
 
-def check_name(config: Config) -> None:
-    """Refuse a name that another config has used, without touching anything.
+def check_name(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> bool:
+    """Whether the name holds a run to continue; refuse one that another config has used, without touching anything.
+
+    Args:
+        config: what is to run.
+        may_differ: keys whose values may have changed.
 
     Raises:
         RunError: names the keys that differ.
     """
     if config.run.resume == "never":
-        return
+        return False
     uri = join(config.run.storage, config.run.name)
     filesystem, path = resolve(uri)
     try:
         with filesystem.open_input_stream(f"{path}/{CONFIG}") as stream:
             text = stream.read().decode()
     except OSError:
-        return
+        return False
     old, new = parse_yaml(text, f"{uri}/{CONFIG}"), config.model_dump(mode="json")
-    differing = [key for key in differing_keys(old, new) if key.split(".")[0] not in ("scaling", "run")]
+    differing = [
+        key for key in differing_keys(old, new) if not any(f"{key}.".startswith(f"{other}.") for other in may_differ)
+    ]
     if differing:
         raise RunError(
             f"run.name: {config.run.name!r} under {config.run.storage} was run with another config; differing keys: "
             f"{', '.join(differing)}. Choose another run.name, or replace the old run with run.resume: never."
         )
+    return True
 
 
 def is_finished(config: Config) -> bool:
@@ -157,10 +172,16 @@ def open_run(config: Config) -> RunDirectory:
             )
         # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
         results = [METRICS, REPORT, NEIGHBORS, PER_QUERY, QUERIES, EMBEDDINGS]
-        clear(run, [*results, "checkpoints", "validations", "tensorboard", "history.jsonl", CONFIG])
+        clear(run, [*results, *TRACKING, "checkpoints", "validations", "tensorboard", "history.jsonl", CONFIG])
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     return run
+
+
+def replace_lost_best(run: RunDirectory) -> None:
+    """Have the newest checkpoint stand in for a best one that is gone; says so."""
+    if (name := checkpoints.replace_lost_best(run)) is not None:
+        say(f"# warning: the best checkpoint of {run.uri} is gone: {name} is evaluated in its place")
 
 
 def clear(run: RunDirectory, names: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,9 +14,11 @@ from oml_ray.config import nodes
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distances import Distance, exact_paired
-from oml_ray.distributed.gallery import Block, GalleryPool, Part
+from oml_ray.distributed.gallery import Block, GalleryPool, pool_of
 from oml_ray.distributed.progress import counting
+from oml_ray.distributed.shard import Part
 from oml_ray.errors import EmbeddingError
+from oml_ray.retrieval import ranks
 from oml_ray.retrieval.exclusion import ground_truth_counts
 from oml_ray.retrieval.fnmr import FnmrAtFmr
 from oml_ray.retrieval.metrics import PerQuery, from_ranks, per_query
@@ -50,7 +52,10 @@ class Embedded:
 
     def gallery(self) -> Part:
         """The gallery that is embedded."""
-        ids = self._present(self.table.gallery_ids)
+        return self.part(self._present(self.table.gallery_ids))
+
+    def part(self, ids: Ids) -> Part:
+        """Some rows, by their sorted ids."""
         sequences = self.sequences
         return Part(self.embeddings, ids, self.table.labels[ids], None if sequences is None else sequences[ids])
 
@@ -103,7 +108,15 @@ class Found:
     build_s: float
 
 
-def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gallery, scaling: nodes.Scaling) -> Found:
+def search(
+    embedded: Embedded,
+    evaluation: nodes.Evaluation,
+    gallery: nodes.Gallery,
+    scaling: nodes.Scaling,
+    *,
+    least_k: int = 1,
+    pool: GalleryPool | None = None,
+) -> Found:
     """Search the neighbors of all queries and compute the per-query metrics.
 
     Args:
@@ -111,6 +124,8 @@ def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gall
         evaluation: the metrics that are wanted.
         gallery: how it is searched.
         scaling: on which nodes, and whether on GPUs.
+        least_k: neighbors of each query, where the evaluation needs fewer.
+        pool: shards that hold the gallery; None: some that end with the search.
 
     Raises:
         EmbeddingError: no query or no gallery item is left.
@@ -122,23 +137,25 @@ def search(embedded: Embedded, evaluation: nodes.Evaluation, gallery: nodes.Gall
             "bad images: nothing can be evaluated."
         )
     labels, metrics = table.labels, evaluation.metrics
-    k = max(metrics.largest_rank, evaluation.pictures.neighbors)
+    k = max(least_k, evaluation.num_neighbors)
     sampled = _sample_pairs(queries, part.ids, labels)
-    pool = GalleryPool(part, gallery, use_gpu=scaling.use_gpu, place=scaling.placement.gallery)
+    is_kept = pool is not None
+    pool = pool or pool_of(part, gallery, scaling)
     try:
         index_bytes, build_s = pool.cost()
         start = time.perf_counter()
-        queries, neighbors = _neighbors(pool, embedded, queries, gallery, k)
+        queries, neighbors = neighbors_of(pool, embedded, queries, gallery, k)
         seconds = time.perf_counter() - start
         values_by_rank: PerQuery = {}
         if metrics.by_rank:
-            values_by_rank = _by_rank(pool, embedded, queries, gallery, metrics.by_rank)
+            (values_by_rank,) = by_rank(pool, embedded, queries, gallery, metrics.by_rank)
         fnmr: list[FnmrAtFmr] = []
         if metrics.fnmr_at_fmr:
             fnmr = pool.fnmr(lambda: embedded.blocks(queries, gallery.block_rows), metrics.fnmr_at_fmr)
         positive, negative = _pair_distances(pool, embedded, sampled, gallery.distance)
     finally:
-        pool.close()
+        if not is_kept:
+            pool.close()
     sequences = table.sequences
     num_relevant = ground_truth_counts(
         queries, labels[queries], sequences[queries], part.ids, part.labels, sequences[part.ids]
@@ -166,12 +183,21 @@ def relevance(neighbors: Neighbors, queries: Ids, labels: Ids) -> NDArray[np.boo
     return np.asarray((neighbors.ids >= 0) & (labels[neighbors.ids] == labels[queries][:, None]))  # (queries, k)
 
 
-def _neighbors(
+def neighbors_of(
     pool: GalleryPool, embedded: Embedded, queries: Ids, gallery: nodes.Gallery, k: int
 ) -> tuple[Ids, Neighbors]:
-    """Queries in the order in which they were searched, and their neighbors."""
+    """Queries in the order in which they were searched, and their neighbors.
+
+    Args:
+        pool: what is searched.
+        embedded: where the queries' embeddings are.
+        queries: sorted ids.
+        gallery: how the pool searches.
+        k: places per query.
+    """
     num_gallery = sum(len(part.ids) for part in pool.parts)
     is_within = isinstance(gallery, nodes.ExactGallery) and len(queries) == num_gallery
+    is_within = is_within and pool.parts[0].embeddings is embedded.embeddings
     if is_within and all((queries[start : start + len(part.ids)] == part.ids).all() for part, start in _starts(pool)):
         with counting("searching", num_gallery**2, "pairs") as done:
             return queries, pool.search_within(k, done)
@@ -191,22 +217,52 @@ def _starts(pool: GalleryPool) -> Iterator[tuple[Part, int]]:
         start += len(part.ids)
 
 
-def _by_rank(
-    pool: GalleryPool, embedded: Embedded, queries: Ids, gallery: nodes.Gallery, families: list[str]
-) -> PerQuery:
-    """The metrics that need ranks beyond the neighbors, in the order of `queries`."""
-    ids, parts = [], []
+def by_rank(
+    pool: GalleryPool,
+    embedded: Embedded,
+    queries: Ids,
+    gallery: nodes.Gallery,
+    families: list[str],
+    lists: Sequence[Neighbors] = (),
+) -> list[PerQuery]:
+    """The metrics that need ranks beyond the neighbors, in the order of `queries`.
+
+    Args:
+        pool: what was searched.
+        embedded: where the queries' embeddings are.
+        queries: their ids.
+        gallery: how the pool searches.
+        families: of metrics.
+        lists: the same first neighbors, in other orders; none: in that of the search.
+
+    Returns:
+        For each of `lists`, the metrics where the neighbors stand as there, and all others behind them as they did.
+    """
+    ids: list[Ids] = []
+    parts: list[list[PerQuery]] = []
+    labels = embedded.table.labels
     with counting("ranking", len(queries), "queries") as done:
-        for block, ranks in pool.ranks(embedded.blocks(queries, gallery.block_rows)):
+        for block, found in pool.ranks(embedded.blocks(queries, gallery.block_rows)):
+            rows = places_in(queries, block.ids)
+            near = [each.select(rows) for each in lists]
+            orders = [ranks.moved(found, relevance(each, block.ids, labels), each.counts) for each in near]
+            parts.append([from_ranks(each, found.offsets, found.n, families) for each in orders or [found.ranks]])
             ids.append(block.ids)
-            parts.append(from_ranks(ranks.ranks, ranks.offsets, ranks.n, families))
             done(len(block.ids))
-    found = np.concatenate(ids)
-    places = np.argsort(found)[np.searchsorted(np.sort(found), queries)]
-    return {
-        family: {k: np.concatenate([part[family][k] for part in parts])[places] for k in by_k}
-        for family, by_k in parts[0].items()
-    }
+    places = places_in(np.concatenate(ids), queries)
+    return [
+        {
+            family: {k: np.concatenate([part[family][k] for part in of_list])[places] for k in by_k}
+            for family, by_k in of_list[0].items()
+        }
+        for of_list in zip(*parts, strict=True)
+    ]
+
+
+def places_in(ids: Ids, wanted: Ids) -> Ids:
+    """Where wanted ids stand among unique ids, all of which are there."""
+    order = np.argsort(ids)
+    return order[np.searchsorted(ids[order], wanted)]
 
 
 def _sample_pairs(queries: Ids, gallery_ids: Ids, labels: Ids) -> tuple[Ids, Ids, Ids]:
@@ -245,5 +301,4 @@ def _taken(embedded: Embedded, wanted: Ids) -> Callable[[Ids], NDArray[np.float3
 
 
 def _lookup(ids: Ids, embeddings: NDArray[np.float32]) -> Callable[[Ids], NDArray[np.float32]]:
-    order = np.argsort(ids)
-    return lambda wanted: embeddings[order[np.searchsorted(ids[order], wanted)]]
+    return lambda wanted: embeddings[places_in(ids, wanted)]

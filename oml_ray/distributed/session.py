@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import ray
@@ -20,6 +23,9 @@ from ray.util import get_node_ip_address
 from oml_ray.config import nodes
 from oml_ray.distributed.progress import say
 from oml_ray.errors import OmlRayError, ResourceError
+
+CALLED_BACK = ("_remove", "__del__")  # by weak references, and by the end of an object
+LATER_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,36 @@ def session(needs: Needs, *, dashboard: bool = False) -> Iterator[None]:
     """
     quiet()
     started = not ray.is_initialized()
-    if started:
-        _start(needs, dashboard)
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if started:
+            _start(needs, dashboard)
+            _answer_sigterm(_interrupt)  # in place of what Ray has set
         _check(needs)
         yield
     finally:
         if started:
-            ray.shutdown()
+            _answer_sigterm(signal.SIG_IGN)  # half a shutdown would leave processes
+            try:
+                ray.shutdown()
+            finally:
+                _answer_sigterm(before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Answer a SIGTERM as Ctrl-C is answered."""
+    inside = frame
+    while inside is not None:
+        if inside.f_code.co_name in CALLED_BACK:  # Python passes over what is raised here: a moment later
+            threading.Timer(LATER_S, os.kill, (os.getpid(), number)).start()
+            return
+        inside = inside.f_back
+    raise KeyboardInterrupt
+
+
+def _answer_sigterm(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray has set none either
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_given(needs: Needs) -> None:
@@ -107,8 +135,16 @@ def _start(needs: Needs, dashboard: bool) -> None:
                 ray.init(address=address, **options)
             else:
                 cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
-                with _known_to_workers() if dashboard else nullcontext():
-                    ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
+                with _known_to_workers():
+                    ray.init(
+                        address="local",
+                        num_cpus=cpus,
+                        include_dashboard=dashboard,
+                        # Its own even where there is none: Ray's actors would take what listens at 8265 for theirs, as
+                        # Train's (2.60), which then ends a training whose controller another Ray does not know.
+                        dashboard_port=_free_port(),
+                        **options,
+                    )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
         raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None
@@ -121,10 +157,7 @@ def _known_to_workers() -> Iterator[None]:
     Where several Rays run on one machine, those of Ray's actors that ask the dashboard (2.60: Train's, which give back
     what a stopped trial held) would not know which to ask.
     """
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    ip = get_node_ip_address()  # type: ignore[no-untyped-call]
+    port, ip = _free_port(), get_node_ip_address()  # type: ignore[no-untyped-call]
     given = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ip}:{port}"}
     os.environ.update(given)
     try:
@@ -132,6 +165,12 @@ def _known_to_workers() -> Iterator[None]:
     finally:
         for name in given:
             del os.environ[name]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _check(needs: Needs) -> None:

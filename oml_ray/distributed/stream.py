@@ -6,13 +6,12 @@ costs more than it decodes. Tasks find the loaders (and the table in them) in th
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,13 @@ import ray.data
 from ray.data import DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from oml_ray import errors
 from oml_ray.config import nodes
-from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
-from oml_ray.data.plan import Plan, slice_bounds
+from oml_ray.data.images import Batch
+from oml_ray.data.plan import Plan
 from oml_ray.data.samplers import Ids
+from oml_ray.data.stream import ItemLoader, PlannedBatch
+from oml_ray.distributed.decoding import load_evaluation, load_training, unpack
 from oml_ray.distributed.session import placed, quiet
-from oml_ray.errors import OmlRayError
-from oml_ray.training.context import PlannedBatch
-
-Row = dict[str, Any]
 
 BATCHES_PER_TASK = 8
 BATCHES_AHEAD = 8
@@ -43,7 +39,7 @@ class RayStream:
     """One rank's images, decoded by Ray Data tasks anywhere in the cluster."""
 
     plan: Plan
-    loaders: ray.ObjectRef[tuple[TrainingLoader, EvaluationLoader]]
+    loaders: ray.ObjectRef[tuple[ItemLoader, ItemLoader]]
     rank: int
     world_size: int
     data_cpus: float
@@ -56,7 +52,7 @@ class RayStream:
         return ahead(lambda: self._training(epoch, step, epochs), BATCHES_AHEAD)
 
     def _training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
-        bounds = slice_bounds(self.plan.batch_size, self.world_size)
+        bounds = self.plan.bounds(self.world_size)
         first, last = bounds[self.rank], bounds[self.rank + 1]
         steps = self.plan.steps_per_epoch
         position, end = epoch * steps + step, epochs * steps
@@ -64,14 +60,14 @@ class RayStream:
             # One dataset serves many steps, over the ends of epochs: to start one costs as much as to decode a few.
             places = [divmod(at, steps) for at in range(position, min(position + STEPS_PER_DATASET, end))]
             ids = np.stack([self.plan.epoch(at_epoch)[at_step, first:last] for at_epoch, at_step in places])
-            load = partial(_load_training, self.loaders, ray.put((ids, places)), first)  # ids: (steps, slice)
+            load = partial(load_training, self.loaders, ray.put((ids, places)), first)  # ids: (steps, slice)
             for (at_epoch, at_step), batch in zip(places, self._rows(load, len(places)), strict=True):
                 yield PlannedBatch(at_epoch, at_step, batch)
             position += len(places)
 
     def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
         """Yield the rows `ids` in order."""
-        load = partial(_load_evaluation, self.loaders, ray.put(ids), batch_size)
+        load = partial(load_evaluation, self.loaders, ray.put(ids), batch_size)
         return ahead(lambda: self._rows(load, -(-len(ids) // batch_size)), 2)
 
     def _rows(self, load: Callable[[Any], Any], num_rows: int) -> Iterator[Batch]:
@@ -109,60 +105,6 @@ def configure(cpus: float) -> None:
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus)
 
 
-def attempt(load: Callable[..., Batch], ids: Ids, **place: int) -> Batch | OmlRayError:
-    """Load a batch, or return the user's error: what a task raises, Ray Data delivers as text only."""
-    try:
-        return load(ids, **place)
-    except OmlRayError as error:
-        return error
-
-
-def pack(outcomes: Sequence[Batch | OmlRayError], size: int, side: int) -> Row:
-    """Columns of a block whose rows are batches (or what went wrong with them).
-
-    Args:
-        outcomes: batches of at most `size` images.
-        size: images to pad every row to.
-        side: height and width of the images.
-    """
-    images = np.zeros((len(outcomes), size, 3, side, side), dtype=np.uint8)
-    ids = np.full((len(outcomes), size), -1, dtype=np.int64)
-    counts, notes = np.zeros(len(outcomes), dtype=np.int64), []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, OmlRayError):
-            notes.append(error_note(outcome))
-            continue
-        counts[index] = count = len(outcome.ids)
-        images[index, :count], ids[index, :count] = outcome.images, outcome.ids
-        notes.append(json.dumps({"bad": outcome.bad.tolist(), "reasons": list(outcome.reasons)}))
-    return {"images": images, "ids": ids, "count": counts, "note": notes}
-
-
-def unpack(block: Row, index: int) -> Batch:
-    """One batch of a packed block, in memory of its own (blocks are read-only views of the object store).
-
-    Raises:
-        OmlRayError: what went wrong with it where it was loaded.
-    """
-    note = json.loads(raise_noted(block["note"][index]))
-    count = int(block["count"][index])
-    images, ids = block["images"][index][:count], block["ids"][index][:count]
-    return Batch(ids.copy(), images.copy(), np.array(note["bad"], dtype=np.int64), note["reasons"])
-
-
-def error_note(error: OmlRayError) -> str:
-    """A user's error as a text that travels in a column."""
-    return json.dumps({"error": type(error).__name__, "message": str(error)})
-
-
-def raise_noted(note: str) -> str:
-    """Raise the error of a note; return other notes."""
-    if note.startswith('{"error"'):
-        found = json.loads(note)
-        raise getattr(errors, found["error"])(found["message"])
-    return note
-
-
 def ahead(produce: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
     """Run a generator in a thread, up to `depth` items ahead; its errors are raised where it is consumed."""
     items: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
@@ -198,25 +140,3 @@ def ahead(produce: Callable[[], Iterator[Any]], depth: int) -> Iterator[Any]:
             yield item
     finally:
         stopped.set()
-
-
-def _load_training(loaders: ray.ObjectRef[Any], planned: ray.ObjectRef[Any], first_position: int, rows: Row) -> Row:
-    loader, (ids, places) = fetched(loaders)[0], fetched(planned)
-    outcomes = [
-        attempt(loader.load, ids[row], epoch=places[row][0], step=places[row][1], first_position=first_position)
-        for row in rows["id"].tolist()
-    ]
-    return pack(outcomes, ids.shape[1], loader.transform.size)
-
-
-def _load_evaluation(loaders: ray.ObjectRef[Any], ids: ray.ObjectRef[Any], batch_size: int, rows: Row) -> Row:
-    loader, wanted = fetched(loaders)[1], fetched(ids)
-    starts = (rows["id"] * batch_size).tolist()
-    outcomes = [attempt(loader.load, wanted[start : start + batch_size]) for start in starts]
-    return pack(outcomes, batch_size, loader.transform.size)
-
-
-@lru_cache(maxsize=4)
-def fetched(reference: ray.ObjectRef[Any]) -> Any:
-    """What a reference stands for, fetched once in each process."""
-    return ray.get(reference)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from typing import Any
 
 import ray
 
 from oml_ray import build
-from oml_ray.config import SweepConfig, dump
+from oml_ray.config import SweepConfig, TrainConfig, dump
 from oml_ray.config.space import Choice, Grid, Values, shown
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, sweep_results, sweep_runs, trainer
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.session import is_given, session, unwrapped
 from oml_ray.distributed.sweep_table import showing
-from oml_ray.distributed.trials import Record
+from oml_ray.distributed.trials import Record, Trial
 from oml_ray.distributed.tuning import RAY_RECORDS, run_trials
-from oml_ray.errors import RunError
+from oml_ray.errors import ConfigError, RunError, StorageError
 from oml_ray.training.run_directory import RunDirectory
+from oml_ray.training.tracking import Ending
 
 MOST_CHECKED = 50
 
@@ -48,12 +50,17 @@ def sweep(config: SweepConfig, *, resume: bool = False) -> None:
         with showing(record, config.num_trials) as told:
             run_trials(config, record, run, max_concurrent, told)
         for folder in (run, *map(record.run_of, record.trials)):
-            with suppress(OSError):  # a stopped trial's workers may still write: what stays does no harm
+            with suppress(StorageError):  # a stopped trial's workers may still write: what stays does no harm
                 folder.remove(RAY_RECORDS)
+        for trial in record.trials:
+            runs.replace_lost_best(record.run_of(trial))
         found = sweep_results.outcomes(record)
         if found[0].can_win:
             say(f"the best is trial {found[0].trial.name}: {shown(found[0].trial.values)}; its checkpoint, evaluated:")
             evaluate.evaluate(sweep_results.evaluation_of(config, run, found[0]))
+        _end_tracking(config, record)
+        if found[0].can_win:
+            _track_best(config, run, record, found[0])
     document = sweep_results.write(config, run, record, found)
     _print(document, run)
 
@@ -61,7 +68,7 @@ def sweep(config: SweepConfig, *, resume: bool = False) -> None:
 def dry_run(config: SweepConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config and the draws."""
     config = sweep_runs.resolved(config)
-    sweep_runs.check_name(config)
+    runs.check_name(config, sweep_runs.MAY_DIFFER)
     _check(config)
     if is_given():
         with session(sweep_resources.needs(config)):
@@ -79,12 +86,37 @@ def _check(config: SweepConfig) -> None:
     tables: dict[str, Any] = {}
     for values in _representatives(config):
         trial = runs.resolved(config.trial(values, "trial", config.run.storage))
+        if trial.model is not None:
+            raise ConfigError("base: model: a sweep compares extractors; models that judge pairs are trained by train.")
         key = trial.data.model_dump_json()
         if key not in tables:
             tables[key] = build.table(trial.data, config.run.storage)
             for warning in tables[key].warnings:
                 say(f"# warning: {warning}")
         trainer.check(trial, tables[key])
+    build.check_tracking(config.training)
+
+
+def _end_tracking(config: SweepConfig, record: Record) -> None:
+    """Have the trackers know how the trials ended: those that were stopped had no time for it themselves."""
+    how: dict[str, Ending] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+    for trial in record.trials if config.training.tracking else ():
+        for tracker in build.trackers(_training_of(config, record, trial), record.run_of(trial)):
+            tracker.end(how[trial.state])
+
+
+def _track_best(config: SweepConfig, run: RunDirectory, record: Record, best: sweep_results.Outcome) -> None:
+    """Hand the evaluation of the best checkpoint to the trackers of its trial."""
+    assert best.checkpoint is not None
+    evaluated = RunDirectory(run.uri, sweep_results.BEST_RUN)
+    metrics = json.loads(evaluated.read_text(runs.METRICS) or "{}")
+    training = _training_of(config, record, best.trial)
+    trainer.track(training, record.run_of(best.trial), best.checkpoint, metrics, evaluated)
+
+
+def _training_of(config: SweepConfig, record: Record, trial: Trial) -> TrainConfig:
+    training = config.trial(trial.values, trial.name, record.storage)
+    return build.titled(runs.resolved(training), f"{config.run.name}/{trial.name}")
 
 
 def _representatives(config: SweepConfig) -> list[Values]:

@@ -86,7 +86,7 @@ def evaluation_of(config: SweepConfig, run: RunDirectory, best: Outcome) -> Eval
         seed=training.seed,
         # Afresh, whatever trial was the best before.
         run=nodes.Run(name=BEST_RUN, storage=run.uri, resume="never"),
-        data=nodes.SplitData(**training.data.model_dump(), split="validation"),
+        data=nodes.SplitData(**training.data.model_dump(exclude={"store"}), split="validation"),
         source=nodes.CheckpointSource(checkpoint=best.checkpoint),
         evaluation=training.evaluation,
         scaling=training.scaling,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from oml_ray import build
-from oml_ray.config import SweepConfig, differing_keys, dump, parse_yaml
-from oml_ray.data.filesystem import exists, join, resolve
+from oml_ray.config import SweepConfig, dump
+from oml_ray.data.filesystem import exists, join
 from oml_ray.distributed import runs, sweep_results
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.trials import FOLDER, RECORD, Record
@@ -15,7 +15,7 @@ from oml_ray.errors import RunError
 from oml_ray.training.run_directory import RunDirectory
 
 # Keys that may change when a sweep is continued: where it runs, and how long it goes on.
-MAY_DIFFER = ("run", "base.run", "base.scaling", "tune.num_samples", "tune.max_concurrent")
+MAY_DIFFER = ("run", "base.run", "base.scaling", "base.tracking", "tune.num_samples", "tune.max_concurrent")
 
 
 def resolved(config: SweepConfig) -> SweepConfig:
@@ -28,10 +28,8 @@ def resolved(config: SweepConfig) -> SweepConfig:
         if not isinstance(node, dict):
             return node
         return {
-            key: runs.absolute(value) if key in runs.PATHS and isinstance(value, str) and value != build.FIGURES
-            else absolute(value)
-            for key, value in node.items()
-        }  # fmt: skip
+            key: runs.absolute(value) if runs.is_path(key, value) else absolute(value) for key, value in node.items()
+        }
 
     base = absolute(config.base)
     if base["data"]["table"] == build.FIGURES:
@@ -44,7 +42,7 @@ def is_done(config: SweepConfig, *, resume: bool) -> bool:
     uri = join(config.run.storage, config.run.name)
     if config.run.resume == "never" or not exists(join(uri, sweep_results.RESULTS)):
         return False
-    check_name(config)
+    runs.check_name(config, MAY_DIFFER)
     run = RunDirectory(config.run.storage, config.run.name)
     record = Record(run, config)
     if len(record.trials) < config.num_trials or (resume and record.unfinished()):
@@ -55,40 +53,13 @@ def is_done(config: SweepConfig, *, resume: bool) -> bool:
     return True
 
 
-def check_name(config: SweepConfig) -> bool:
-    """Whether the name holds a sweep; refuse a name that anything else has used.
-
-    Raises:
-        RunError: names the keys that differ.
-    """
-    uri = join(config.run.storage, config.run.name)
-    filesystem, path = resolve(uri)
-    try:
-        with filesystem.open_input_stream(f"{path}/{runs.CONFIG}") as stream:
-            old = parse_yaml(stream.read().decode(), f"{uri}/{runs.CONFIG}")
-    except OSError:
-        return False
-    differing = [
-        key
-        for key in differing_keys(old, config.model_dump(mode="json"))
-        if not any(f"{key}.".startswith(f"{other}.") for other in MAY_DIFFER)
-    ]
-    if differing:
-        raise RunError(
-            f"run.name: {config.run.name!r} under {config.run.storage} was run with another config; differing keys: "
-            f"{', '.join(differing)}. Choose another run.name, or replace the old one with run.resume: never."
-        )
-    return True
-
-
 def open_sweep(config: SweepConfig, *, resume: bool) -> RunDirectory:
     """Open the sweep's folder: a new one, or the one to continue.
 
     Raises:
         RunError: another config has used the name, or it holds a sweep that was not asked to be continued.
     """
-    never = config.run.resume == "never"
-    is_there = not never and check_name(config)
+    never, is_there = config.run.resume == "never", runs.check_name(config, MAY_DIFFER)
     uri = join(config.run.storage, config.run.name)
     if is_there and not resume:
         raise RunError(

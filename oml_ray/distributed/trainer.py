@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
-import torch
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from oml_ray import build
-from oml_ray.config import TrainConfig, dump, nodes, validate
+from oml_ray.config import TrainConfig, dump, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import embed, evaluate, runs, validation
+from oml_ray.distributed import evaluate, mining, runs, sources, validation, worker
+from oml_ray.distributed.controller import StopOnUserError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
-from oml_ray.distributed.session import Needs, check_given, quiet, session, unwrapped, user_error
-from oml_ray.distributed.stream import RayStream
-from oml_ray.errors import StorageError
-from oml_ray.training.context import Stream
-from oml_ray.training.loop import Loop
+from oml_ray.distributed.session import Needs, check_given, quiet, session, unwrapped
+from oml_ray.training import checkpoint as checkpoints
+from oml_ray.training.pairs import Mined
 from oml_ray.training.run_directory import History, RunDirectory
 
 RAY_RECORDS = "_ray"
 COLLECTIVE_TIMEOUT_S = 1800
-PROGRESS_EVERY_S = 0.5
+POLL_EVERY_S = 0.25
 
 
 def needs(config: TrainConfig) -> Needs:
@@ -63,6 +59,7 @@ def prepare(config: TrainConfig) -> Table:
     Raises:
         OmlRayError: something does not fit.
     """
+    runs.check_apart(config)
     runs.check_name(config)
     table = build.table(config.data, config.run.storage)
     for warning in table.warnings:
@@ -78,15 +75,30 @@ def check(config: TrainConfig, table: Table) -> None:
         OmlRayError: something does not fit.
     """
     evaluate.check(table)
-    plan = build.plan(config, table)
-    build.factor(config, plan.steps_per_epoch)
-    build.optimizer(config, build.learner(config, table, 0, config.scaling.most_workers))
+    dim = None
+    if config.model is not None:
+        dim = mining.embedded_store(config, table).embeddings.dimension
+    else:
+        check_plan(config, table)
+    learner = build.learner(config, table, 0, config.scaling.most_workers, dim)
+    build.optimizer(config, learner)
+    evaluate.check_dimension(config, dim or learner.extractor.embedding_dim)  # type: ignore[arg-type]
+
+
+def check_plan(config: TrainConfig, table: Table, mined: Mined | None = None) -> None:
+    """Check what depends on the batches.
+
+    Raises:
+        OmlRayError: something does not fit.
+    """
+    build.factor(config, build.plan(config, table, mined).steps_per_epoch)
 
 
 def dry_run(config: TrainConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config."""
     config = runs.resolved(config)
     prepare(config)
+    build.check_tracking(config)
     check_given(_all_needs(config))
     say(dump(config))
 
@@ -101,15 +113,76 @@ def train(config: TrainConfig) -> None:
     table = prepare(config)
     if runs.is_finished(config):
         return
+    build.check_tracking(config)
     run = runs.open_run(config)
-    with session(_all_needs(config)), unwrapped():
+    with tracked(config, run), session(_all_needs(config)), unwrapped():
         fit(config, table, run)
-        extractor, _ = build.trained_extractor(join(run.uri, "checkpoints", "best"))
         timings: dict[str, float] = {}
-        data = nodes.SplitData(**config.data.model_dump(), split="validation")
-        images = embed.Images(data, table, table.validation_ids, extractor, config.transforms.eval)  # type: ignore[arg-type]
-        embedded = evaluate.embed_validation(run, config, images, timings)
-        evaluate.measure(run, config, embedded, History(run).rows, timings)
+        runs.replace_lost_best(run)
+        best = join(run.uri, checkpoints.FOLDER, "best")
+        if config.model is not None:
+            embedded = mining.embedded_store(config, table)
+            config = reranking_by(config, best)
+        else:
+            images = sources.validation_images(config, table, best)
+            embedded = sources.embed_validation(run, config, images, timings)
+        evaluate.measure(run, config, embedded, History(run).rows, timings, partial(track, config, run, best))
+
+
+@contextmanager
+def tracked(config: TrainConfig, run: RunDirectory) -> Iterator[None]:
+    """Have the trackers of a run know when the body of a `with` ends before its end."""
+    try:
+        yield
+    except BaseException as error:
+        for tracker in build.trackers(config, run):
+            tracker.end("FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
+def track(
+    config: TrainConfig,
+    run: RunDirectory,
+    checkpoint: str,
+    metrics: dict[str, Any],
+    evaluated: RunDirectory | None = None,
+) -> None:
+    """Hand the results of a run to its trackers.
+
+    Args:
+        config: of the run.
+        run: whose record it is.
+        checkpoint: path or URI of the best.
+        metrics: the document of its evaluation.
+        evaluated: where that is, if elsewhere.
+
+    Raises:
+        StorageError: they are not taken.
+    """
+    if not config.tracking:
+        return
+    texts = {
+        runs.CONFIG: run.read_text(runs.CONFIG) or "",
+        runs.REPORT: (evaluated or run).read_text(runs.REPORT) or "",
+        runs.METRICS: json.dumps(metrics, indent=1),
+    }
+    values = {
+        f"evaluation/{family}.{rank}": entry["value"]
+        for family, by_rank in metrics["overall"].items()
+        for rank, entry in by_rank.items()
+        if entry["value"] is not None
+    }
+    with checkpoints.located(checkpoint) as folder:
+        for tracker in build.trackers(config, run):
+            tracker.finish(values, texts, folder)
+
+
+def reranking_by(config: TrainConfig, checkpoint: str) -> TrainConfig:
+    """The config whose evaluation re-ranks by a checkpoint first of all."""
+    assert config.model is not None
+    first = nodes.Pairwise(name="pairwise", checkpoint=checkpoint, top_n=config.model.top_n)
+    evaluation = config.evaluation.model_copy(update={"rerank": [first, *config.evaluation.rerank]})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def fit(
@@ -132,17 +205,27 @@ def fit(
         Rows of the validations that came back after the workers' end, which the callbacks did not hear of.
     """
     quiet()
+    # A report waits for the one before to be fetched: with Ray's 2 s, each validation would take as long.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_EVERY_S))
     scaling, is_async = config.scaling, config.validation.mode == "async"
-    loaders = build.training_loader(config, table), build.evaluation_loader(config.data, table, config.transforms.eval)
+    mined = None
+    if config.model is not None:
+        mined = mining.mine(config, table)
+        check_plan(config, table, mined)
     monitor = Monitor.remote()  # type: ignore[attr-defined]
-    payload = {"config": config.model_dump(mode="json"), "loaders": ray.put(loaders), "monitor": monitor}
+    payload = {
+        "config": config.model_dump(mode="json"),
+        "loaders": ray.put(build.loaders(config, table, mined)),
+        "mined": ray.put(mined),
+        "monitor": monitor,
+    }
     name, place = runs.ray_name(config), scaling.placement.workers
     trainer = TorchTrainer(
-        work or _work,
+        work or worker.work,
         train_loop_config=payload,
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=_num_workers(scaling),
+            num_workers=(scaling.least_workers, scaling.most_workers) if scaling.is_elastic else scaling.most_workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={
                 "CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {}), **place.resources
@@ -156,17 +239,19 @@ def fit(
             if run.local.as_posix() == run.uri
             else join(run.uri, RAY_RECORDS),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[_StopOnUserError(), *callbacks],
+            callbacks=[StopOnUserError(), *callbacks],
         ),
         validation_config=validation.task_config(payload) if is_async else None,
     )  # fmt: skip
     late: list[dict[str, Any]] = []
-    with watching(monitor, config.checkpoint.metric):
+    with watching(monitor, config.checkpoint.metric) as terminated:
         try:
             with _room_for_others(config, name):
                 trainer.fit()
         except SystemExit:  # Ray Train's own answer to Ctrl-C
             raise KeyboardInterrupt from None
+        if terminated.is_set():
+            raise KeyboardInterrupt
         if is_async:
             late = validation.settle(config, table)
             ray.get([monitor.report.remote(row) for row in late])
@@ -175,89 +260,13 @@ def fit(
     return late
 
 
-def _num_workers(scaling: nodes.Scaling) -> int | tuple[int, int]:
-    is_fixed = isinstance(scaling.num_workers, int)
-    return scaling.most_workers if is_fixed else (scaling.least_workers, scaling.most_workers)
-
-
 def _room_for_others(config: TrainConfig, name: str) -> AbstractContextManager[None]:
     """Keep elastic workers from the CPUs of what else runs beside them."""
     scaling = config.scaling
-    if isinstance(scaling.num_workers, int):
+    if not scaling.is_elastic:
         return nullcontext()
     place = scaling.placement.decoding
     bundles = [] if place.labels else [{"CPU": 1.0, **place.resources}] * scaling.data_cpus
     if config.validation.mode == "async":
         bundles += validation.bundles(config)
     return set_aside(f"oml_ray-{name}", bundles)
-
-
-class _StopOnUserError(UserCallback):
-    """Ends a training whose error no restart can mend: raising here is not retried by Ray's controller."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            found = user_error(error)
-            if found is not None:
-                raise found
-
-
-@dataclass
-class RayContext:
-    """One worker of Ray Train, as the loop sees it."""
-
-    stream: Stream
-    monitor: Any
-
-    def __post_init__(self) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-        self._told = 0.0
-
-    def progress(self, row: dict[str, Any]) -> None:
-        """Tell the driver: finished epochs always, the rest at most a few times a second."""
-        if "kind" in row:
-            self.monitor.report.remote(row)
-            return
-        now = time.monotonic()
-        if now - self._told >= PROGRESS_EVERY_S:
-            self._told = now
-            self.monitor.progress.remote(row)
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Tell the driver, and Ray Train (for Tune)."""
-        if self.rank == 0:
-            self.monitor.report.remote(row)
-        ray.train.report(row)
-
-    def hand_over(self, step: int) -> None:
-        """Give Ray Train the checkpoint of a step to be validated."""
-        validation.hand_over(step, self.rank)
-
-
-def _work(payload: dict[str, Any]) -> None:
-    """What each worker runs; a restarted one continues from the run's last checkpoint."""
-    build_loop(payload).train()
-
-
-def build_loop(payload: dict[str, Any]) -> Loop:
-    """Build the loop of one worker from what `fit` sends to all of them."""
-    config = validate(TrainConfig, payload["config"], "config")
-    training_loader, _ = ray.get(payload["loaders"])
-    table: Table = training_loader.reader.table
-    context = ray.train.get_context()
-    run = RunDirectory(config.run.storage, config.run.name)
-    if run.read_text(runs.CONFIG) is None:
-        raise StorageError(
-            f"run.storage: {config.run.storage} on {platform.node()} does not hold what the driver wrote there: "
-            "on several nodes it must be a shared folder or a URI."
-        )
-    plan = build.plan(config, table)
-    rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), config.scaling
-    stream = RayStream(plan, payload["loaders"], rank, world_size, scaling.data_cpus, scaling.placement.decoding)
-    loop = build.loop(config, table, plan, RayContext(stream, payload["monitor"]), run)
-    step, is_elastic = loop.position.global_step, not isinstance(scaling.num_workers, int)
-    if rank == 0 and (step or is_elastic):
-        payload["monitor"].report.remote({"kind": "start", "workers": world_size, "step": step})
-    return loop

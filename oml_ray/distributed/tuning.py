@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from oml_ray import build
 from oml_ray.config import SweepConfig
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import optuna_search, runs
@@ -85,6 +86,7 @@ class Draws(Searcher):
         while (trial := self._next()) is not None:
             try:
                 config = runs.resolved(self._config.trial(trial.values, trial.name, self._record.storage))
+                config = build.titled(config, f"{self._config.run.name}/{trial.name}")
             except ConfigError as error:  # inside a range, where only draws themselves can be checked
                 self._record.set(trial, "failed", str(error))
                 self._told(trial)

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
-import ray.train
 from ray.train import Checkpoint
 from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
 from oml_ray import build
-from oml_ray.config import TrainConfig, nodes, validate
+from oml_ray.config import TrainConfig, validate
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import embed, gallery
-from oml_ray.distributed.search import Embedded, search
+from oml_ray.distributed import embed, gallery, sources
+from oml_ray.distributed.decoding import fetched
+from oml_ray.distributed.search import search
 from oml_ray.distributed.session import Needs, quiet
-from oml_ray.distributed.stream import fetched
+from oml_ray.distributed.worker import POINTER
 from oml_ray.errors import EmbeddingError, OmlRayError
-from oml_ray.retrieval.user_embeddings import UserEmbeddings
+from oml_ray.retrieval.metrics import means
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import elsewhere
 from oml_ray.training.records import Records
 from oml_ray.training.run_directory import RunDirectory
-
-POINTER = "step.json"
 
 
 def needs(config: TrainConfig) -> Needs:
@@ -56,18 +51,6 @@ def bundles(config: TrainConfig) -> list[dict[str, float]]:
         [] if place.gallery.labels else [searching] * evaluation.gallery.shards,
     )
     return max(stages, key=lambda stage: sum(bundle["CPU"] for bundle in stage))
-
-
-def hand_over(step: int, rank: int) -> None:
-    """Give Ray Train a checkpoint to be validated; called by every worker.
-
-    Ray only takes what lies in its own folder: what it gets names the run's checkpoint.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / POINTER).write_text(json.dumps(step))
-        ray.train.report(
-            {"step": step}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None, validation=rank == 0
-        )
 
 
 def task_config(payload: dict[str, Any]) -> ValidationConfig:
@@ -112,21 +95,13 @@ def validated(config: TrainConfig, table: Table, step: int) -> dict[str, float]:
 
 def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int) -> dict[str, float]:
     name, evaluation = checkpoints.name_of(step), config.evaluation
-    extractor, _ = build.trained_extractor(join(run.uri, checkpoints.FOLDER, name))
-    data = nodes.SplitData(**config.data.model_dump(), split="validation")
-    images = embed.Images(data, table, table.validation_ids, extractor, config.transforms.eval)  # type: ignore[arg-type]
+    images = sources.validation_images(config, table, join(run.uri, checkpoints.FOLDER, name))
     place = RunDirectory(join(run.uri, elsewhere.FOLDER), name)
-    store, manifest = embed.fill_store(place, images, evaluation.embed, config.scaling)
-    embedded = Embedded(table, UserEmbeddings(store.filesystem, store.path), store.bad_images(manifest))
-    listed_only = evaluation.model_copy(update={"metrics": evaluation.metrics.only_listed})
-    result = search(embedded, listed_only, evaluation.gallery, config.scaling)
+    embedded = sources.embed_validation(place, config, images, {})
+    result = search(embedded, evaluation.only_listed, evaluation.gallery, config.scaling)
     if not (result.num_relevant > 0).any():
         raise EmbeddingError("No validation query is left that has a relevant gallery item: nothing can be scored.")
-    return {
-        f"{family}.{k}": float(np.nanmean(column))
-        for family, by_k in result.values.items()
-        for k, column in by_k.items()
-    }
+    return means(result.values)
 
 
 def settle(config: TrainConfig, table: Table) -> list[dict[str, Any]]:
@@ -137,7 +112,7 @@ def settle(config: TrainConfig, table: Table) -> list[dict[str, Any]]:
     """
     run = RunDirectory(config.run.storage, config.run.name)
     steps_per_epoch = build.plan(config, table).steps_per_epoch
-    records = Records(run)
+    records = Records(run, trackers=build.trackers(config, run))
     validations = elsewhere.Validations(run, records.history, build.judging(config, steps_per_epoch))
     rows = validations.take_up()
     for step in validations.waiting():

@@ -15,6 +15,8 @@ from oml_ray.errors import CheckpointError, ConfigError, reason_of
 from oml_ray.learning.pooling import GeM, Pooling, pooled_features, replace_pooling
 from oml_ray.learning.weights import State, fit_names
 
+Size = int | tuple[int, int]
+
 
 class Extractor(nn.Module):
     """Pixels -> normalised input -> backbone, pooling -> projection -> L2 normalisation."""
@@ -97,7 +99,7 @@ class Extractor(nn.Module):
 def timm_extractor(
     model: str,
     *,
-    size: int,
+    size: Size,
     pretrained: bool = False,
     weights: State | None = None,
     embedding_dim: int | None = None,
@@ -111,7 +113,8 @@ def timm_extractor(
 
     Args:
         model: timm's name of the network.
-        size: side of the input images in pixels; position embeddings are resampled to it in float32.
+        size: side of the input images in pixels, or their height and width; position embeddings are resampled to it
+            in float32.
         pretrained: load timm's own weights from the model hub.
         weights: state of the backbone; by name, or in order where only the names differ.
         embedding_dim: D of a linear projection; None for the backbone's features as they are.
@@ -161,7 +164,7 @@ def timm_extractor(
 
 
 def _timm_backbone(
-    model: str, size: int, pretrained: bool, weights: State | None, keep_head: bool
+    model: str, size: Size, pretrained: bool, weights: State | None, keep_head: bool
 ) -> tuple[nn.Module, int]:
     """Build a network of timm in training mode, and tell the width of its features."""
     options: dict[str, Any] = {"pretrained": pretrained or weights is not None}
@@ -169,7 +172,7 @@ def _timm_backbone(
         options["num_classes"] = 0
     cfg = timm.get_pretrained_cfg(model)
     if cfg is not None and cfg.fixed_input_size:
-        options["img_size"] = size
+        options["img_size"] = sides(size)
     if weights is not None:
         with torch.device("meta"):
             whole, bare = timm.create_model(model), timm.create_model(model, num_classes=0)
@@ -189,17 +192,25 @@ def _timm_backbone(
                 f"extractor.pretrained: the weights of {model} cannot be had from the model hub ({reason}). "
                 "Give a local file by extractor.weights instead."
             ) from None
-        raise ConfigError(f"extractor.model: timm cannot build {model} for {size} x {size} images: {reason}") from None
+        height, width = sides(size)
+        raise ConfigError(
+            f"extractor.model: timm cannot build {model} for {height} x {width} images: {reason}"
+        ) from None
     if len(shape) != 2:
         raise ConfigError(f"extractor.model: {model} gives features of shape {shape}, not one vector an image.")
     return backbone, shape[1]
 
 
-def _probe(backbone: nn.Module, gem: GeM | None, size: int) -> tuple[int, ...]:
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _probe(backbone: nn.Module, gem: GeM | None, size: Size) -> tuple[int, ...]:
     """Shape of the features of one image; leaves the backbone in training mode."""
     backbone.eval()
     with torch.no_grad():
-        shape = tuple(pooled_features(backbone, gem, torch.zeros(1, 3, size, size)).shape)
+        shape = tuple(pooled_features(backbone, gem, torch.zeros(1, 3, *sides(size))).shape)
     backbone.train()
     return shape
 

@@ -17,7 +17,7 @@ import timm
 
 from oml_ray.errors import CheckpointError, ConfigError
 from oml_ray.learning import unicom
-from oml_ray.learning.extractors import Extractor, timm_extractor
+from oml_ray.learning.extractors import Extractor, Size, timm_extractor
 from oml_ray.learning.pooling import Pooling
 from oml_ray.learning.weights import State, from_clip, from_dinov2, from_moco, from_oml, read_weights
 
@@ -222,7 +222,7 @@ def packaged_weights(entry: Entry) -> Path:
 def zoo_extractor(
     name: str,
     *,
-    size: int,
+    size: Size,
     weights: str | Path | None = None,
     pretrained: bool = True,
     embedding_dim: int | None = None,
@@ -234,7 +234,8 @@ def zoo_extractor(
 
     Args:
         name: of the entry.
-        size: side of the input images in pixels; `Entry.size` is the one that the weights were trained on.
+        size: side of the input images in pixels, or their height and width; `Entry.size` is the one that the weights
+            were trained on.
         weights: local file of the publisher's or of timm's weights, which comes before any other source.
         pretrained: without a file, load the weights from where the entry says; False for random ones.
         embedding_dim: D of a linear projection; None for the backbone's features as they are.
@@ -261,6 +262,8 @@ def zoo_extractor(
     if entry.model in unicom.ARCHITECTURES:
         if pooling != "default":
             raise ConfigError(f"extractor.pooling: {name} has no {pooling} pooling: its layers see all tokens at once.")
+        if not isinstance(size, int):
+            raise ConfigError(f"extractor.entry: {name} takes square images alone, found {size[0]} x {size[1]} pixels.")
         return unicom.unicom_extractor(entry.model, size=size, weights=state, **common)
     own_gem = entry.gem_p is not None and pooling == "default"
     return timm_extractor(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oml_ray.errors import EmbeddingError
-from oml_ray.retrieval.metrics import PerQuery, bootstrap
+from oml_ray.retrieval.metrics import PerQuery, changes
 from oml_ray.retrieval.neighbors import Neighbors
 
 Float64Array = NDArray[np.float64]
@@ -127,7 +127,7 @@ def compare(
         name=name,
         k=k,
         ann_recall=float(np.nanmean(recalls)),
-        metrics=_changes(name, values, exact_values, samples, seed),
+        metrics=changes(name, values, exact_values, samples, seed),
         queries_per_s=float(queries_per_s),
         num_bytes=int(num_bytes),
         build_s=float(build_s),
@@ -162,33 +162,3 @@ def mark_pareto(settings: Sequence[ComparedSetting]) -> list[ComparedSetting]:
         return any(recall >= mine[0] and rate >= mine[1] and (recall, rate) != mine for recall, rate in others)
 
     return [replace(setting, is_pareto=not is_beaten(setting)) for setting in settings]
-
-
-def _changes(
-    name: str, values: PerQuery, exact_values: PerQuery, samples: int, seed: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """{metric: {k: {"value":, "change":, "change_ci95":}}}, None where no query has ground truth."""
-    keys = [(metric, k) for metric, by_k in exact_values.items() for k in by_k]
-    if keys != [(metric, k) for metric, by_k in values.items() for k in by_k]:
-        raise EmbeddingError(f"{name}: its metrics are not those of exact search; compute the same for both.")
-    result: dict[str, dict[str, dict[str, Any]]] = {}
-    if not keys:
-        return result
-    ours, exact = (
-        np.stack([of[metric][k] for metric, k in keys]) for of in (values, exact_values)
-    )  # (metrics, queries)
-    if ours.shape != exact.shape or (np.isnan(ours) != np.isnan(exact)).any():
-        raise EmbeddingError(
-            f"{name}: its queries with ground truth are not those of exact search; compare the same queries."
-        )
-    known = ~np.isnan(exact).any(axis=0)
-    changes: Float64Array = (ours - exact)[:, known]
-    some = changes.shape[1] > 0
-    ends = bootstrap(changes, samples, seed).tolist() if some and samples else [None] * len(keys)
-    for (metric, k), own, change, interval in zip(keys, ours[:, known], changes, ends, strict=True):
-        result.setdefault(metric, {})[k] = {
-            "value": float(own.mean()) if some else None,
-            "change": float(change.mean()) if some else None,
-            "change_ci95": interval,
-        }
-    return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -86,6 +85,8 @@ class ParquetFile:
             raise EmbeddingError(
                 f"{path} must have one column `{EMBEDDING}`; it has {found}: rename the one that holds them."
             )
+        if twice := [name for name in self.columns if schema.names.count(name) > 1]:
+            raise EmbeddingError(f"{path} has several columns `{twice[0]}`: rename all but one of them.")
         found = schema.field(EMBEDDING).type
         type_ = found.storage_type if isinstance(found, pa.BaseExtensionType) else found  # tensors are stored as lists
         fixed = pa.types.is_fixed_size_list(type_)
@@ -167,15 +168,18 @@ class NpyFile:
     def __init__(self, filesystem: pa.fs.FileSystem, path: str) -> None:
         self.filesystem, self.path = filesystem, path
         with self._open() as file:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
-            shape, self.by_column, self.dtype = read(file)
+            try:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+                shape, self.by_column, self.dtype = read(file)
+            except Exception as error:  # NumPy has Python parse the header, which raises many kinds
+                raise ValueError(f"its header: {reason_of(error)}") from None
             self.start, size = file.tell(), file.size()
         if self.dtype.hasobject:
             raise EmbeddingError(
                 f"{path} holds pickled Python objects, which are never loaded; save a plain array of {ALLOWED}."
             )
-        if len(shape) != 2 or self.dtype.kind != "f" or self.dtype.itemsize > 8:
+        if len(shape) != 2 or min(shape) < 0 or self.dtype.kind != "f" or self.dtype.itemsize > 8:
             raise EmbeddingError(f"{path} holds {self.dtype} {shape}; it must hold {ALLOWED} (n, d): convert it.")
         promised = shape[0] * shape[1] * self.dtype.itemsize
         if size - self.start != promised:
@@ -216,7 +220,7 @@ class NpyFile:
         try:
             with self.filesystem.open_input_file(self.path) as file:
                 yield file
-        except (OSError, ValueError, TokenError) as error:
+        except (OSError, ValueError) as error:
             raise EmbeddingError(
                 f"{self.path} cannot be read as .npy ({reason_of(error)}): it is damaged; write it again."
             ) from None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import faiss
@@ -85,26 +85,43 @@ class FaissSettings:
         names = ("factory", "ef_construction", "train_rows", "seed")
         return {**{name: getattr(self, name) for name in names}, "parameters": dict(self.parameters)}
 
-    def build(self, points: Points) -> FaissSearcher:
+    def check(self, dimension: int) -> None:
+        """Refuses what no index of points (G, dimension) can have, before there are any; looks for no GPU.
+
+        Raises:
+            ConfigError: FAISS refuses the factory string for this dimension, or a parameter for the index.
+        """
+        replace(self, use_gpu=False)._empty(dimension)
+
+    def build(self, points: Points, ids: Int64Array | None = None) -> FaissSearcher:
         """Trains an index and adds all points.
+
+        Arguments:
+            points: what is added.
+            ids: int64 (G,), what `candidates` answers instead of positions; the index keeps them (FAISS's IDMap).
 
         Raises:
             ConfigError: FAISS refuses the factory string (for this dimension), or does not have it on a GPU.
                 EmbeddingError: the gallery is too small to train it. ResourceError: there is no GPU.
         """
+        searcher = self._empty(points.dimension, with_ids=ids is not None)
+        with _threads(self.num_threads):
+            self._fill(searcher.index, points, ids)
+        return searcher
+
+    def _empty(self, dimension: int, *, with_ids: bool = False) -> FaissSearcher:
         try:
-            index = faiss.index_factory(points.dimension, self.factory, faiss.METRIC_L2)
+            factory = f"IDMap,{self.factory}" if with_ids else self.factory
+            index = faiss.index_factory(dimension, factory, faiss.METRIC_L2)
         except RuntimeError as error:
             raise ConfigError(
-                f"faiss: the factory string {self.factory!r} is not one for {points.dimension} dimensions: "
+                f"faiss: the factory string {self.factory!r} is not one for {dimension} dimensions: "
                 f"{_reason(error)}. See the index factory in FAISS's documentation."
             ) from None
         searcher = FaissSearcher(index, self)
-        self.tune(searcher)  # first: what is wrong is found before the work
+        self.tune(searcher)
         if self.ef_construction is not None:
             self._set(searcher, "ef_construction", self.ef_construction)
-        with _threads(self.num_threads):
-            self._fill(searcher.index, points)
         return searcher
 
     def read(self, path: str, dimension: int) -> FaissSearcher:
@@ -153,12 +170,17 @@ class FaissSettings:
         except RuntimeError:
             raise ConfigError(f"faiss: {self.factory!r} has no {name} (found {name}={value}); leave it out.") from None
 
-    def _fill(self, index: Any, points: Points) -> None:
+    def _fill(self, index: Any, points: Points, ids: Int64Array | None) -> None:
         try:
             if not index.is_trained:
                 index.train(points.sample(self.train_rows, self.seed))
+            start = 0
             for block in points.all():
-                index.add(block)
+                if ids is None:
+                    index.add(block)
+                else:
+                    index.add_with_ids(block, ids[start : start + len(block)])
+                start += len(block)
         except RuntimeError as error:
             raise EmbeddingError(
                 f"faiss: {self.factory!r} cannot be built of {len(points)} rows, at most {self.train_rows} of them to "

@@ -64,17 +64,29 @@ class HnswlibSettings:
         """The settings that a built graph depends on; the others can change afterwards."""
         return {"M": self.M, "ef_construction": self.ef_construction, "seed": self.seed}
 
-    def build(self, points: Points) -> HnswlibSearcher:
+    def check(self, dimension: int) -> None:
+        """Refuses what no index can have; any dimension will do.
+
+        Raises:
+            ConfigError: hnswlib is not installed.
+        """
+        _hnswlib()
+
+    def build(self, points: Points, ids: Int64Array | None = None) -> HnswlibSearcher:
         """Links all points.
+
+        Arguments:
+            points: what is linked.
+            ids: int64 (G,), what `candidates` answers instead of positions.
 
         Raises:
             ConfigError: hnswlib is not installed.
         """
         graph = _hnswlib().Index(space="l2", dim=points.dimension)
         graph.init_index(len(points), M=self.M, ef_construction=self.ef_construction, random_seed=self.seed)
-        start = 0
+        ids, start = np.arange(len(points)) if ids is None else ids, 0
         for block in points.all():
-            graph.add_items(block, np.arange(start, start + len(block)), num_threads=self.num_threads)
+            graph.add_items(block, ids[start : start + len(block)], num_threads=self.num_threads)
             start += len(block)
         return self._tuned(graph)
 

@@ -55,8 +55,11 @@ class Settings(Protocol):
     def built_with(self) -> dict[str, Any]:
         """The settings that a built index depends on, JSON-able; the others can change afterwards."""
 
-    def build(self, points: Points) -> Searcher:
-        """Builds an index of all points that searches with these settings."""
+    def check(self, dimension: int) -> None:
+        """Refuses what no index of points (G, dimension) can have, before there are any."""
+
+    def build(self, points: Points, ids: Int64Array | None = None) -> Searcher:
+        """Builds an index of all points that searches with these settings, and knows them by other ids if need be."""
 
     def read(self, path: str, dimension: int) -> Searcher:
         """Reads an index of points (G, dimension) from a local file; it searches with these settings."""
@@ -124,8 +127,8 @@ class GalleryIndex:
             EmbeddingError: it was built from something else. StorageError: it is missing or damaged.
         """
         points = Points(gallery, distance, block_rows)
-        made_of = _made_of(settings, points)
-        searcher = index_file.load(filesystem, path, made_of, lambda local: settings.read(local, points.dimension))
+        facts = made_of(settings, points)
+        searcher = index_file.load(filesystem, path, facts, lambda local: settings.read(local, points.dimension))
         return cls(settings, points, searcher)
 
     def save(self, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
@@ -134,7 +137,7 @@ class GalleryIndex:
         Raises:
             StorageError: the place cannot be written.
         """
-        index_file.save(filesystem, path, _made_of(self.settings, self.points), self.searcher.write)
+        index_file.save(filesystem, path, made_of(self.settings, self.points), self.searcher.write)
 
     def tune(self, settings: Settings) -> None:
         """Searches with other settings from now on.
@@ -242,7 +245,7 @@ def _facts(settings: Settings) -> dict[str, Any]:
     return {"backend": settings.backend, **settings.built_with()}
 
 
-def _made_of(settings: Settings, points: Points) -> dict[str, Any]:
-    """What a saved index depends on."""
+def made_of(settings: Settings, points: Points) -> dict[str, Any]:
+    """What a saved index depends on, JSON-able."""
     gallery = {"distance": points.distance, "dimension": points.dimension, "rows": len(points)}
     return {**_facts(settings), **gallery, "gallery": points.fingerprint()}

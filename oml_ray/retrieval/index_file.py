@@ -8,7 +8,6 @@ without guarding against made-up ones, so load only what you, or people you trus
 import hashlib
 import json
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import pyarrow.fs
 
 from oml_ray.errors import EmbeddingError, StorageError, reason_of
+from oml_ray.retrieval.whole_file import whole_file
 
 Read = TypeVar("Read")
 
@@ -111,14 +111,9 @@ def _facts_of(path: str) -> str:
 
 
 def _put(filesystem: pyarrow.fs.FileSystem, path: str, local: Path) -> None:
-    """Object stores put a file whole or not at all; elsewhere it is written aside and moved."""
-    puts_whole = filesystem.type_name in ("s3", "gcs", "abfs")
-    aside = path if puts_whole else f"{path}.{uuid.uuid4().hex}.tmp"
-    with local.open("rb") as source, filesystem.open_output_stream(aside) as target:
+    with local.open("rb") as source, whole_file(filesystem, path) as target:
         while chunk := source.read(COPIED_AT_ONCE):
             target.write(chunk)
-    if not puts_whole:
-        filesystem.move(aside, path)
 
 
 def _sha256(local: Path) -> str:

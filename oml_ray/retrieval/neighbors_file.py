@@ -1,4 +1,4 @@
-"""Neighbors and per-query metrics as Parquet files, written block of queries by block of queries, whole or not at all.
+"""Neighbors, per-query metrics and new embeddings as Parquet files, written block by block, whole or not at all.
 
 ==================  =============================================================================================
 file                columns
@@ -6,16 +6,14 @@ file                columns
 of neighbors        ``query_id`` int64, ``ids`` list<int64>, ``distances`` list<float32>: only the filled places
 of metrics          ``query_id`` int64, one float64 per metric, such as ``cmc.1``; null where a query has no ground
                     truth
+of embeddings       ``id`` int64, ``embedding`` fixed-size list<float32>: what `UserEmbeddings` reads
 ==================  =============================================================================================
 """
 
 from __future__ import annotations
 
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,13 +25,14 @@ from numpy.typing import NDArray
 from oml_ray.errors import EmbeddingError, StorageError, reason_of
 from oml_ray.retrieval.metrics import PerQuery
 from oml_ray.retrieval.neighbors import NO_ID, Neighbors, concatenate
+from oml_ray.retrieval.whole_file import whole_file
 
 Int64Array = NDArray[np.int64]
 
 K = b"oml_ray.k"  # key of the schema's metadata: number of places per query
 NEIGHBORS = pa.schema({"query_id": pa.int64(), "ids": pa.list_(pa.int64()), "distances": pa.list_(pa.float32())})
-OBJECT_STORES = ("s3", "gcs", "abfs")  # show a file once it is whole, but would take an unfinished one for whole
 QUERIES_AT_ONCE = 2**16
+MOST_PLACES = 2**20  # per query: what a damaged file asks for is not made
 
 
 @contextmanager
@@ -92,21 +91,31 @@ def read_neighbors(filesystem: pa.fs.FileSystem, path: str) -> tuple[Int64Array,
             if not schema.equals(NEIGHBORS) or K not in (schema.metadata or {}):
                 raise EmbeddingError(f"{path} is not a file of neighbors: its columns are {', '.join(schema.names)}.")
             k = int(schema.metadata[K])
+            if not 0 <= k <= MOST_PLACES:
+                raise EmbeddingError(f"{path}: {K.decode()} is {k}; at most {MOST_PLACES:,} places per query are read.")
             query_ids = [np.empty(0, np.int64)]
             parts = [_neighbors(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), k)]
             for batch in file.iter_batches(QUERIES_AT_ONCE):
                 lists = batch.column("ids"), batch.column("distances")
                 counts, of_distances = (np.diff(column.offsets).astype(np.int64) for column in lists)
-                if any(column.null_count for column in batch.columns) or (counts != of_distances).any():
+                values = [column.flatten() for column in lists]
+                if any(part.null_count for part in (*batch.columns, *values)) or (counts != of_distances).any():
                     raise EmbeddingError(
                         f"{path}: queries differ in their numbers of ids and distances; write it again."
                     )
-                ids, distances = (np.asarray(column.flatten()) for column in lists)
+                if (counts > k).any():
+                    raise EmbeddingError(
+                        f"{path}: a query has {counts.max()} neighbors, more than its {k} places; write it again."
+                    )
+                ids, distances = map(np.asarray, values)
                 query_ids.append(np.asarray(batch.column("query_id")))
-                parts.append(_neighbors(counts, ids, distances, k))
+                try:
+                    parts.append(_neighbors(counts, ids, distances, k))
+                except EmbeddingError as error:
+                    raise EmbeddingError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise StorageError(f"cannot read {path!r}: there is no such file") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: texts that are none, a number of places
         raise EmbeddingError(f"{path} cannot be read ({reason_of(error)}): it is damaged; write it again.") from None
     return np.concatenate(query_ids), concatenate(parts)
 
@@ -144,31 +153,42 @@ def metrics_writer(
 
 
 @contextmanager
+def embeddings_writer(
+    filesystem: pa.fs.FileSystem, path: str, dim: int
+) -> Iterator[Callable[[Int64Array, NDArray[np.float32]], None]]:
+    """Writes embeddings; the file appears when the block ends without an error.
+
+    Arguments:
+        filesystem, path: as in `neighbors_writer`.
+        dim: length of an embedding.
+
+    Returns:
+        Context manager that gives `write(ids, embeddings)`: ids int64 (n,), embeddings float32 (n, dim).
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    schema = pa.schema({"id": pa.int64(), "embedding": pa.list_(pa.float32(), dim)})
+    with _parquet_writer(filesystem, path, schema) as writer:
+
+        def write(ids: Int64Array, embeddings: NDArray[np.float32]) -> None:
+            lists = pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(embeddings).ravel(), dim)
+            writer.write_table(pa.table([ids, lists], schema=schema))
+
+        yield write
+
+
+@contextmanager
 def _parquet_writer(filesystem: pa.fs.FileSystem, path: str, schema: pa.Schema) -> Iterator[Any]:
     """A ParquetWriter whose file appears at `path` once it is whole, and never if an error leaves the block."""
-    remote = filesystem.type_name in OBJECT_STORES
-    with tempfile.TemporaryDirectory(prefix="oml_ray-") as staging:
-        if remote:
-            written, aside = pa.fs.LocalFileSystem(), str(Path(staging, "whole.parquet"))
-        else:
-            name = path.rpartition("/")[2]
-            written, aside = filesystem, f"{path.removesuffix(name)}.{name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with (
-                written.open_output_stream(aside) as stream,
-                pq.ParquetWriter(stream, schema, compression="zstd") as writer,
-            ):
-                yield writer
-            if remote:
-                pa.fs.copy_files(aside, path, written, filesystem)
-            else:
-                filesystem.move(aside, path)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error}.") from None
-        finally:
-            with suppress(OSError):
-                if written.get_file_info(aside).is_file:
-                    written.delete_file(aside)
+    try:
+        with (
+            whole_file(filesystem, path) as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
+            yield writer
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error}.") from None
 
 
 def _neighbors(counts: Int64Array, ids: Int64Array, distances: NDArray[np.float32], k: int) -> Neighbors:

@@ -214,6 +214,33 @@ def ranked(relevant: Relevant, counts: Sequence[Int64Array]) -> Ranks:
     return Ranks(relevant.offsets, relevant.ids, relevant.distances, sum(counts, start=places))
 
 
+def moved(ranks: Ranks, relevant: NDArray[np.bool_], counts: Int64Array) -> Int64Array:
+    """The ranks after the nearest instances were put into another order.
+
+    Arguments:
+        ranks: of Q queries, over the whole gallery.
+        relevant: bool (Q, k), which of a query's nearest instances are relevant, in the new order.
+        counts: int64 (Q,), how many nearest there are; those behind them stay where they are.
+
+    Returns:
+        int64 (P,), from 1, ascending in each query.
+
+    Raises:
+        EmbeddingError: a query has other numbers of relevant instances among its nearest.
+
+    Example:
+        >>> three = Ranks(np.array([0, 2]), np.array([7, 5]), np.array([0.5, 2.0], np.float32), np.array([2, 6]))
+        >>> moved(three, np.array([[True, False, False]]), np.array([3]))
+        array([1, 6])
+    """
+    near = ranks.ranks <= counts[ranks.rows]
+    if (np.bincount(ranks.rows[near], minlength=len(counts)) != relevant.sum(axis=1)).any():
+        raise EmbeddingError("ranks: these are not the nearest instances in another order; give those of the search.")
+    changed = ranks.ranks.copy()
+    changed[near] = np.nonzero(relevant)[1] + 1  # query by query, ascending
+    return changed
+
+
 def relevant_ranks(
     queries: Rows,
     query_labels: Int64Array,

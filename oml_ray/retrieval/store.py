@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,10 +15,12 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from oml_ray.errors import EmbeddingError, StorageError
+from oml_ray.errors import EmbeddingError, StorageError, reason_of
+from oml_ray.retrieval.whole_file import whole_file
 
 MANIFEST = "manifest.json"
 BAD_IMAGES = b"oml_ray.bad_images"
+MAX_PARTS = 10**7
 
 Embeddings = NDArray[np.float32]
 Kept = NDArray[np.float32] | NDArray[np.float16]
@@ -66,25 +67,36 @@ class Store:
         """
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
-                return Manifest(**json.loads(stream.read()))
+                found = Manifest(**json.loads(stream.read()))
+            for key, least in (("num_rows", 0), ("rows_per_part", 1), ("embedding_dim", 1)):
+                value = getattr(found, key)
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{key} is {value!r}, which is no integer from {least} up")
+            if found.num_parts > MAX_PARTS:
+                raise ValueError(f"it promises {found.num_parts:,} parts, and at most {MAX_PARTS:,} are looked for")
+            return found
         except FileNotFoundError:
             return None
-        except (OSError, TypeError, ValueError) as error:
-            raise StorageError(f"{self.path}/{MANIFEST} cannot be read: {error}.") from None
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise StorageError(f"{self.path}/{MANIFEST} cannot be read: {reason_of(error)}.") from None
 
     def begin(self, manifest: Manifest) -> list[int]:
         """Start or continue a store; return the parts that are still missing.
 
         Raises:
             EmbeddingError: the store was made by something else; the message names the differences.
+            StorageError: it cannot be written.
         """
         found = self.manifest()
         if found is None:
-            self.filesystem.create_dir(self.path, recursive=True)
+            try:
+                self.filesystem.create_dir(self.path, recursive=True)
+            except OSError as error:
+                raise StorageError(f"{self.path} cannot be written: {reason_of(error)}.") from None
             self._write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
         elif found != manifest:
             old, new = asdict(found), asdict(manifest)
-            differing = [f"{key} ({old[key]} there, {new[key]} now)" for key in old if old[key] != new[key]]
+            differing = [f"{key} ({old[key]!s:.200} there, {new[key]} now)" for key in old if old[key] != new[key]]
             raise EmbeddingError(
                 f"The store {self.path} was made by something else: {'; '.join(differing)}. "
                 "Choose another run.name, or replace it with run.resume: never."
@@ -161,6 +173,7 @@ class Store:
                 table = pq.read_table(
                     name, columns=columns, filesystem=self.filesystem, page_checksum_verification=True
                 )
+                _check_vectors(table)
             yield table
 
     @contextmanager
@@ -170,15 +183,17 @@ class Store:
             yield name
         except FileNotFoundError:
             raise EmbeddingError(f"The store {self.path} is not whole: {part_name(part)} is missing.") from None
-        except (OSError, pa.ArrowInvalid) as error:
-            raise EmbeddingError(f"{name} is damaged: {error}. Remove it and run `oml-ray embed` again.") from None
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+            raise EmbeddingError(
+                f"{name} is damaged: {reason_of(error)}. Remove it and run `oml-ray embed` again."
+            ) from None
 
     def _may_hold(self, name: str, ids: Ids) -> bool:
         metadata = pq.read_metadata(name, filesystem=self.filesystem)
         position = metadata.schema.names.index("id")
         for group in range(metadata.num_row_groups):
             column = metadata.row_group(group).column(position).statistics
-            if column is None or not column.has_min_max:
+            if column is None or not column.has_min_max or not isinstance(column.max, int):
                 return True
             first, last = np.searchsorted(ids, [column.min, column.max + 1])
             if first < last:
@@ -186,27 +201,28 @@ class Store:
         return False
 
     def bad_images(self, manifest: Manifest) -> dict[int, str]:
-        """Row id -> reason of every row that was left out."""
+        """Row id -> reason of every row that was left out.
+
+        Raises:
+            EmbeddingError: a part is missing or damaged.
+        """
         bad: dict[int, str] = {}
         for part in range(manifest.num_parts):
             with self._reading(part) as name:
                 schema = pq.read_schema(name, filesystem=self.filesystem)
                 found = json.loads((schema.metadata or {}).get(BAD_IMAGES, b"{}"))
-            bad.update({int(row): reason for row, reason in found.items()})
+                if not isinstance(found, dict):
+                    raise ValueError(f"its metadata {BAD_IMAGES.decode()} is no JSON object")
+                bad.update({int(row): str(reason) for row, reason in found.items()})
         return bad
 
     def _write(self, name: str, data: Any) -> None:
-        """Object stores put a file whole or not at all; elsewhere it is written aside and moved."""
-        puts_whole = self.filesystem.type_name in ("s3", "gcs", "abfs")
         target = f"{self.path}/{name}"
-        aside = target if puts_whole else f"{self.path}/.{name}.{uuid.uuid4().hex}.tmp"
         try:
-            with self.filesystem.open_output_stream(aside) as stream:
+            with whole_file(self.filesystem, target) as stream:
                 stream.write(data)
-            if not puts_whole:
-                self.filesystem.move(aside, target)
         except OSError as error:
-            raise StorageError(f"{target} cannot be written: {error}.") from None
+            raise StorageError(f"{target} cannot be written: {reason_of(error)}.") from None
 
 
 def part_name(part: int) -> str:
@@ -220,6 +236,16 @@ def embeddings_of(table: pa.Table) -> Embeddings:
     width = column.type.list_size
     flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     return np.asarray(flat).reshape(len(column), width)  # (rows, dim)
+
+
+def _check_vectors(table: pa.Table) -> None:
+    if "embedding" not in table.column_names:
+        return
+    column = table.column("embedding")
+    if not pa.types.is_fixed_size_list(column.type) or not pa.types.is_floating(column.type.value_type):
+        raise ValueError(f"its column embedding is {column.type}, not lists of floats of one length")
+    if column.null_count:
+        raise ValueError(f"its column embedding has {column.null_count:,} empty places")
 
 
 def fingerprint(arrays: Mapping[str, NDArray[Any]]) -> str:

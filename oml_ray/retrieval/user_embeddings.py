@@ -14,6 +14,7 @@ file is, is told from its first bytes, not from its name.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from copy import copy
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from oml_ray.errors import EmbeddingError, StorageError
 from oml_ray.retrieval.embedding_files import Faults, NpyFile, ParquetFile
+from oml_ray.retrieval.rows import FileRows, Rows
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
@@ -139,6 +141,35 @@ class UserEmbeddings:
                     yield own[part][rows], embeddings
             first += file.num_rows
         faults.report()
+
+    def rows(self, ids: Int64Array, sequences: Int64Array | None = None, name: str = "gallery") -> Rows:
+        """Some rows in a scratch file that goes when they do, to be read in any order without holding them in memory.
+
+        Arguments:
+            ids: int64 (n,), sorted.
+            sequences: int64 (n,), -1 = none; or None when there are none at all.
+            name: what messages call them.
+
+        Raises:
+            EmbeddingError: rows that are not there, and what `blocks` raises.
+        """
+        kept = [np.empty(0, np.int64)]
+        with tempfile.TemporaryFile(prefix="oml_ray-") as scratch:
+            for some, embeddings in self.blocks(ids=ids):
+                scratch.write(embeddings.tobytes())
+                kept.append(some)
+            scratch.flush()
+            held = FileRows(scratch, self.dimension)  # what is mapped stays there without the file
+        found = np.concatenate(kept)
+        if len(found) < len(ids):
+            lost = np.setdiff1d(ids, found)
+            raise EmbeddingError(
+                f"{self.path} has no embedding for {len(lost)} row(s) that are searched, first: "
+                f"{lost[:5].tolist()}: embed them, or leave them out of the table."
+            )
+        order = np.argsort(found)  # (rows of the file by id)
+        places = None if (np.diff(found) > 0).all() else order
+        return Rows(ids, held, sequences, places, name)
 
     def _dimension(self) -> int:
         """That of the first file that tells; the rows of the others are checked as they are read."""

@@ -14,6 +14,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import tempfile
 import zlib
@@ -86,30 +88,32 @@ def save(
     """
     name = name_of(checkpoint.position.global_step)
     final = run.path(FOLDER, name)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     try:
-        save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
-        torch.save(checkpoint.training, staged / TRAINING)
-        files = [WEIGHTS, TRAINING, *(write_more(staged) if write_more else ())]
-        meta = {
-            "format": FORMAT,
-            "position": asdict(checkpoint.position),
-            "best": checkpoint.best,
-            "files": {file: _checksum(staged / file) for file in files},
-            **checkpoint.meta,
-        }
-        write_atomically(staged / META, json.dumps(meta, indent=1).encode())
-        for file in (WEIGHTS, TRAINING):
-            flush_to_disk(staged / file)
-        staged.chmod(0o755)
-        if final.exists():  # left by a process that died before it moved `last`
-            shutil.rmtree(final)
-        staged.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-        raise StorageError(f"The checkpoint {final} cannot be written: {reason_of(error)}.") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=final.parent, ignore_cleanup_errors=True) as folder:
+            staged = Path(folder)
+            save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
+            with (staged / TRAINING).open("wb") as file:  # of a path, torch would not tell what the disk said
+                torch.save(checkpoint.training, file)
+            files = [WEIGHTS, TRAINING, *(write_more(staged) if write_more else ())]
+            meta = {
+                "format": FORMAT,
+                "position": asdict(checkpoint.position),
+                "best": checkpoint.best,
+                "files": {each: _checksum(staged / each) for each in files},
+                **checkpoint.meta,
+            }
+            write_atomically(staged / META, json.dumps(meta, indent=1).encode())
+            flush_to_disk(staged / WEIGHTS)
+            flush_to_disk(staged / TRAINING)
+            staged.chmod(0o755)
+            if final.exists():  # left by a process that died before it moved `last`
+                shutil.rmtree(final)
+            staged.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors wraps what the disk says
+        # Of torch it is the one before: then its archive cannot be ended either.
+        said = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise StorageError(f"The checkpoint {final} cannot be written: {reason_of(said)}.") from None
     run.publish(FOLDER, name)
     if is_best:
         move_best(run, checkpoint.position.global_step)
@@ -144,12 +148,31 @@ def move_best(run: RunDirectory, step: int) -> None:
     run.write_text(name_of(step), FOLDER, "best")
 
 
+def replace_lost_best(run: RunDirectory) -> str | None:
+    """Have `best` name the newest checkpoint where its own is gone, and return that name; None where nothing is amiss.
+
+    Someone has removed it, as the message about a damaged one tells to.
+    """
+    there = names(run)
+    if not there or not has_lost_best(run):
+        return None
+    move_best(run, step_of(there[-1]))
+    return there[-1]
+
+
+def has_lost_best(run: RunDirectory) -> bool:
+    """Whether `best` names a checkpoint that is gone."""
+    best = (run.read_text(FOLDER, "best") or "").strip()
+    return bool(best) and best not in names(run)
+
+
 def prune(run: RunDirectory, keep: int, keep_also: Iterable[int] = ()) -> None:
     """Remove all checkpoints but the best, the newest, and some."""
-    for name in run.names(FOLDER):
+    there = run.names(FOLDER)
+    for name in there:
         if name.startswith(".step_"):
             run.remove(FOLDER, name)
-    steps = names(run)
+    steps = [name for name in there if name.startswith("step_")]
     kept = {*steps[-keep:], *map(name_of, keep_also), run.read_text(FOLDER, "best"), run.read_text(FOLDER, "last")}
     for name in steps:
         if name not in kept:
@@ -184,7 +207,7 @@ def located(uri: str) -> Iterator[Path]:
         if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
             with filesystem.open_input_stream(path) as stream:
                 name = stream.read(256).decode("utf-8", "replace").strip()
-            if not name.startswith("step_") or "/" in name:
+            if not re.fullmatch("step_[0-9]+", name):
                 raise CheckpointError(f"{uri} is a file, but not the `best` or `last` of a run's checkpoints.")
             path = f"{path.rpartition('/')[0]}/{name}"
         if filesystem.get_file_info(f"{path}/{META}").type != pyarrow.fs.FileType.File:
@@ -195,11 +218,17 @@ def located(uri: str) -> Iterator[Path]:
         if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
             yield Path(path)
             return
+        # A key of an object store may hold "..", and would be copied to wherever that leads.
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
+            if ".." in info.path.split("/"):
+                raise CheckpointError(
+                    f"The checkpoint {uri} is not copied: its file {info.path!r} would lead out of it."
+                )
         with tempfile.TemporaryDirectory(prefix="oml_ray-checkpoint-") as local:
             pyarrow.fs.copy_files(path, local, source_filesystem=filesystem)
             yield Path(local)
-    except OSError as error:
-        raise CheckpointError(f"The checkpoint {uri} cannot be read: {error}.") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CheckpointError(f"The checkpoint {uri} cannot be read: {reason_of(error)}.") from None
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -210,10 +239,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {folder} cannot be read: {META}: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint {folder} cannot be read: {META}: {reason_of(error)}.") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"The checkpoint {folder} is of an unknown format; this version reads format {FORMAT}.")
+    position, best, files = (meta.get(key, ...) for key in ("position", "best", "files"))
+    is_position = isinstance(position, dict) and position.keys() == Position.__annotations__.keys()
+    if (
+        not (is_position and all(type(part) is int and part >= 0 for part in position.values()))
+        or not (best is None or (type(best) in (int, float) and abs(best) < math.inf))
+        or not isinstance(files, dict)
+    ):
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: {META}: position, best or files is not what a training writes: "
+            "remove the folder to continue from an older one, or copy it again."
+        )
     return meta
 
 
@@ -227,7 +267,7 @@ def read_extractor(folder: Path) -> State:
     try:
         return load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own kinds
-        raise CheckpointError(f"The checkpoint {folder} is damaged: {WEIGHTS}: {error}.") from None
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {WEIGHTS}: {reason_of(error)}.") from None
 
 
 def read(folder: Path) -> Checkpoint:
@@ -243,6 +283,8 @@ def read(folder: Path) -> Checkpoint:
         training = torch.load(folder / TRAINING, "cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on damaged files
         raise CheckpointError(f"The checkpoint {folder} is damaged: {TRAINING}: {reason_of(error)}.") from None
+    if not isinstance(training, dict):
+        raise CheckpointError(f"The checkpoint {folder} is damaged: {TRAINING} holds no state of a training.")
     return Checkpoint(extractor, training, Position(**meta["position"]), meta["best"], meta)
 
 

@@ -10,29 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from oml_ray.data.images import Batch, EvaluationLoader, TrainingLoader
-from oml_ray.data.plan import Plan, slice_bounds
+from oml_ray.data.images import Batch
+from oml_ray.data.plan import Plan
 from oml_ray.data.samplers import Ids
-
-
-@dataclass(frozen=True)
-class PlannedBatch:
-    """One rank's slice of one global batch."""
-
-    epoch: int
-    step: int
-    """Step inside the epoch."""
-    batch: Batch
-
-
-class Stream(Protocol):
-    """Delivers images to one rank."""
-
-    def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
-        """Yield this rank's slices from (epoch, step) to the end of epoch `epochs - 1`, in order."""
-
-    def evaluation(self, ids: Ids, batch_size: int) -> Iterator[Batch]:
-        """Yield the rows `ids` in order, at most `batch_size` at a time."""
+from oml_ray.data.stream import ItemLoader, PlannedBatch, Stream
 
 
 class Context(Protocol):
@@ -51,6 +32,9 @@ class Context(Protocol):
 
     def hand_over(self, step: int) -> None:
         """Have the checkpoint of a global step validated elsewhere; called by every rank with equal steps."""
+
+    def is_stopping(self) -> bool:
+        """Whether the training is to checkpoint and end here; asked of rank 0 every few steps."""
 
 
 def all_objects(item: Any, context: Context) -> list[Any]:
@@ -72,13 +56,13 @@ class LocalStream:
     """Loads images in this very process, one batch when it is asked for."""
 
     plan: Plan
-    training_loader: TrainingLoader
-    evaluation_loader: EvaluationLoader
+    training_loader: ItemLoader
+    evaluation_loader: ItemLoader
 
     def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
         """Yield this rank's slices from (epoch, step) on."""
         rank, world_size = process_group()
-        bounds = slice_bounds(self.plan.batch_size, world_size)
+        bounds = self.plan.bounds(world_size)
         for current in range(epoch, epochs):
             ids = self.plan.epoch(current)[:, bounds[rank] : bounds[rank + 1]]  # (steps, slice)
             for position in range(step if current == epoch else 0, len(ids)):
@@ -103,6 +87,8 @@ class LocalContext:
     """What was reported."""
     handed_over: list[int] = field(default_factory=list)
     """Steps whose checkpoints wait to be validated elsewhere."""
+    stop: bool = False
+    """Set to have the training checkpoint and end."""
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = process_group()
@@ -117,6 +103,10 @@ class LocalContext:
     def hand_over(self, step: int) -> None:
         """Remember the step."""
         self.handed_over.append(step)
+
+    def is_stopping(self) -> bool:
+        """Do as it was set."""
+        return self.stop
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

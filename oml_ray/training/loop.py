@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from oml_ray.data.plan import Plan, slice_bounds
+from oml_ray.data.plan import Plan
+from oml_ray.data.stream import PlannedBatch
 from oml_ray.errors import CheckpointError, RunError
-from oml_ray.learning.extractors import Extractor
 from oml_ray.learning.learner import Learner
+from oml_ray.learning.pair_learner import PairLearner
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import sharded_checkpoint
 from oml_ray.training.checkpoint import Checkpoint, Position
-from oml_ray.training.context import Context, PlannedBatch, all_objects, seed_step
+from oml_ray.training.context import Context, all_objects, seed_step
 from oml_ray.training.elsewhere import Validations
 from oml_ray.training.judging import Judging
 from oml_ray.training.optimizers import Factor
@@ -31,9 +32,10 @@ from oml_ray.training.records import Records
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.settings import Settings
 from oml_ray.training.timings import Timings
+from oml_ray.training.tracking import Tracker
 from oml_ray.training.updates import Updates
 
-Validate = Callable[[Extractor, Context], dict[str, float]]
+Validate = Callable[[Any, Context], dict[str, float]]
 
 AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BAD_IMAGES_NAMED = 100
@@ -60,13 +62,14 @@ class Loop:
         run: RunDirectory,
         plan: Plan,
         labels: NDArray[Any],
-        learner: Learner,
+        learner: Learner | PairLearner,
         optimizer: torch.optim.Optimizer,
         factor: Factor,
         validate: Validate,
         settings: Settings,
         judging: Judging,
         meta: dict[str, Any],
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Prepare a loop, from the run's last checkpoint if it has one.
 
@@ -82,6 +85,7 @@ class Loop:
             settings: how long, how often.
             judging: when to validate, and what is best.
             meta: plain data for the checkpoints: config, table fingerprint, versions.
+            trackers: record the run elsewhere too; of rank 0.
 
         Raises:
             CheckpointError: the last checkpoint is damaged or of another architecture.
@@ -89,9 +93,10 @@ class Loop:
         """
         self.context, self.run, self.plan, self.labels = context, run, plan, labels
         self.validate, self.settings, self.judging, self.meta = validate, settings, judging, meta
+        self._trackers = trackers
         dtype = torch.float64 if settings.precision == "fp64" else torch.float32
         self.learner = learner.to(context.device, dtype)
-        self.bounds = slice_bounds(plan.batch_size, context.world_size)
+        self.bounds = plan.bounds(context.world_size)
         self.updates = Updates(
             self.learner,
             optimizer,
@@ -120,7 +125,7 @@ class Loop:
         return float(self.updates.optimizer.param_groups[0]["lr"])
 
     def train(self) -> None:
-        """Train to the end of the last epoch, validating and checkpointing on the way.
+        """Train to the end of the last epoch, or until asked to stop, validating and checkpointing on the way.
 
         Raises:
             RunError: the loss is not finite.
@@ -149,6 +154,10 @@ class Loop:
                 self._end_epoch(planned.epoch)
             elif settings.checkpoint_every_steps and self.position.global_step % settings.checkpoint_every_steps == 0:
                 self._save(is_best=False)
+            if self._is_stopped():
+                if planned.step + 1 < self.plan.steps_per_epoch:
+                    self._save(is_best=False)
+                break
             waiting = time.perf_counter()
         if self._writes:
             self.records.close()
@@ -156,6 +165,15 @@ class Loop:
     @property
     def _writes(self) -> bool:
         return self.context.rank == 0
+
+    def _is_stopped(self) -> bool:
+        """Whether rank 0 was asked to stop; all ranks hear of it at the same step."""
+        if self.position.global_step % self.settings.log_every:
+            return False
+        is_stopping = torch.tensor(self._writes and self.context.is_stopping(), device=self.context.device)
+        if self.context.world_size > 1:
+            dist.broadcast(is_stopping, 0)
+        return bool(is_stopping)
 
     def _restore(self) -> None:
         found = checkpoints.latest(self.run, read_more=self._restore_more)
@@ -168,13 +186,14 @@ class Loop:
                 raise CheckpointError(
                     f"The last checkpoint of {self.run.uri} is of another architecture: {reason}"
                 ) from None
-            self.position, self.best = found.position, found.best
+            # The score of a checkpoint that is gone is no score to beat.
+            self.position, self.best = found.position, None if checkpoints.has_lost_best(self.run) else found.best
             epoch = found.meta["epoch"]
             bad = {int(row): reason for row, reason in epoch["bad_images"].items()}
             self.epoch = _Epoch(epoch["loss"], epoch["steps"], epoch["seconds"], bad)
         if self._writes:
             step = -1 if found is None else self.position.global_step
-            self.records = Records(self.run, until_step=step)
+            self.records = Records(self.run, until_step=step, trackers=self._trackers)
             self.validations = Validations(self.run, self.records.history, self.judging)
             self.validations.rewind(step)
 
@@ -183,6 +202,12 @@ class Loop:
             raise RunError(
                 f"The table of {self.run.uri} has changed since its last checkpoint, and the plan with it: put the "
                 "old table back, choose another run.name, or start afresh with run.resume: never."
+            )
+        if found.meta.get("store") != self.meta.get("store"):
+            raise RunError(
+                f"The store of {self.run.uri} was made by another extractor since its last checkpoint, and other pairs "
+                "would be mined from it: put the old store back, choose another run.name, or start afresh with "
+                "run.resume: never."
             )
         head = self.updates.head
         if head is not None:
@@ -335,6 +360,7 @@ class Loop:
                 {**self.meta, "epoch": epoch},
             )
             write_more = None if head is None else partial(sharded_checkpoint.write_parts, head)
+            self.records.settle()
             checkpoints.save(
                 self.run,
                 found,

@@ -15,13 +15,14 @@ from torch import nn
 
 from oml_ray.errors import ConfigError, reason_of
 from oml_ray.learning.learner import Learner
+from oml_ray.learning.pair_learner import PairLearner
 
 Factor = Callable[[int], float]
 T = TypeVar("T")
 
 
 def build_optimizer(
-    learner: Learner,
+    learner: Learner | PairLearner,
     *,
     name: str,
     lr: float,

@@ -12,13 +12,14 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 
 from oml_ray.data.filesystem import is_uri, join, resolve
-from oml_ray.errors import StorageError
+from oml_ray.errors import StorageError, reason_of
 
 
 class RunDirectory:
@@ -70,18 +71,25 @@ class RunDirectory:
                 raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be uploaded: {error}.") from None
 
     def remove(self, *parts: str) -> None:
-        """Remove a file or folder of the run, wherever it lies."""
+        """Remove a file or folder of the run, wherever it lies.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
         local = self.path(*parts)
-        if local.is_dir():
-            shutil.rmtree(local)
-        else:
-            local.unlink(missing_ok=True)
-        if self._is_remote:
-            kind = self._filesystem.get_file_info(self._at(*parts)).type
-            if kind == pyarrow.fs.FileType.Directory:
-                self._filesystem.delete_dir(self._at(*parts))
-            elif kind == pyarrow.fs.FileType.File:
-                self._filesystem.delete_file(self._at(*parts))
+        try:
+            if local.is_dir():
+                shutil.rmtree(local)
+            else:
+                local.unlink(missing_ok=True)
+            if self._is_remote:
+                kind = self._filesystem.get_file_info(self._at(*parts)).type
+                if kind == pyarrow.fs.FileType.Directory:
+                    self._filesystem.delete_dir(self._at(*parts))
+                elif kind == pyarrow.fs.FileType.File:
+                    self._filesystem.delete_file(self._at(*parts))
+        except OSError as error:
+            raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be removed: {reason_of(error)}.") from None
 
     def names(self, *parts: str) -> list[str]:
         """Sorted names inside a folder of the run; empty when there is no such folder."""
@@ -90,9 +98,7 @@ class RunDirectory:
 
     def write_text(self, text: str, *parts: str) -> None:
         """Write a small file atomically and publish it."""
-        path = self.path(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
+        write_atomically(self.path(*parts), text.encode())
         self.publish(*parts)
 
     def read_text(self, *parts: str) -> str | None:
@@ -102,7 +108,7 @@ class RunDirectory:
                 return bytes(stream.read()).decode("utf-8")
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be read: {error}.") from None
 
     def _at(self, *parts: str) -> str:
@@ -115,10 +121,25 @@ class History:
     NAME = "history.jsonl"
 
     def __init__(self, run: RunDirectory) -> None:
-        """Continue the history of `run`."""
+        """Continue the history of `run`.
+
+        Raises:
+            StorageError: it cannot be read, or is damaged.
+        """
         self._run = run
         text = run.read_text(self.NAME) or ""
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in _whole_lines(text)]
+        self.rows: list[dict[str, Any]] = []
+        for number, line in enumerate(_whole_lines(text), start=1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise ValueError("it has no step")
+                self.rows.append(row)
+            except (ValueError, RecursionError) as error:
+                raise StorageError(
+                    f"{run.uri}: line {number} of {self.NAME} is damaged ({reason_of(error)}): remove the line, or "
+                    "start afresh with run.resume: never."
+                ) from None
 
     def rewind(self, step: int) -> None:
         """Forget what a killed process wrote after the checkpoint of global step `step`; -1 forgets all."""
@@ -141,15 +162,35 @@ class History:
         self._run.publish(self.NAME)
 
 
+def check_writable(path: Path) -> None:
+    """Find out before some work whether its result can be written, in a folder that is made if need be.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see either the old or the new content, whatever dies."""
+    """Write a file, in a folder that is made if need be, so that readers see its old or its new content, whatever dies.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         flush_to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from oml_ray.learning.ema import WeightAverage
 from oml_ray.learning.extractors import Extractor
 from oml_ray.learning.learner import Learner
+from oml_ray.learning.pair_learner import PairLearner
 from oml_ray.learning.sharded_head import ShardedHead
+from oml_ray.learning.siamese import PairModel
 from oml_ray.training.optimizers import Factor
 
 
@@ -24,7 +26,7 @@ class Updates:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Learner | PairLearner,
         optimizer: torch.optim.Optimizer,
         factor: Factor,
         *,
@@ -51,9 +53,9 @@ class Updates:
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     @property
-    def evaluated(self) -> Extractor:
+    def evaluated(self) -> Extractor | PairModel:
         """The extractor to validate and to keep: the average, where there is one."""
-        evaluated: Extractor = self.learner.extractor if self.average is None else self.average.averaged  # type: ignore[assignment]
+        evaluated: Extractor | PairModel = self.learner.extractor if self.average is None else self.average.averaged  # type: ignore[assignment]
         return evaluated
 
     def begin(self, step: int) -> None:

@@ -24,7 +24,7 @@ from oml_ray.errors import EmbeddingError
 from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval import exact
 from oml_ray.retrieval.exclusion import ground_truth_counts
-from oml_ray.retrieval.metrics import per_query
+from oml_ray.retrieval.metrics import means, per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
 from oml_ray.retrieval.rows import Rows
 from oml_ray.training.context import Context, all_objects, contiguous_share
@@ -65,11 +65,7 @@ class Validator:
             raise EmbeddingError("No validation query is left that has a relevant gallery item: nothing can be scored.")
         relevant = (neighbors.ids >= 0) & (labels[neighbors.ids] == labels[queries][:, None])  # (queries, k)
         values = per_query(relevant, neighbors.counts, counts, **self.metrics)
-        return {
-            f"{family}.{k}": float(np.nanmean(column))
-            for family, ranks in values.items()
-            for k, column in ranks.items()
-        }
+        return means(values)
 
     @torch.no_grad()
     def _embed(

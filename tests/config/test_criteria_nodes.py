@@ -97,6 +97,7 @@ KEYS: dict[tuple[str, str], dict[str, str]] = {
     ("criterion", "contrastive"): {"positive_margin": "finite_from_0", "negative_margin": "rate"},
     ("criterion", "multi_similarity"): {"alpha": "rate", "beta": "rate", "base": "-1_to_1"},
     ("criterion", "supcon"): {"temperature": "rate"},
+    ("criterion", "pairs_bce"): {"positive_weight": "rate"},
     ("criterion", "ntxent"): {"temperature": "rate"},
     ("criterion", "circle"): {"margin": "above_-1_below_1", "scale": "rate"},
     ("criterion", "smooth_ap"): {"temperature": "rate"},
@@ -114,6 +115,7 @@ KEYS: dict[tuple[str, str], dict[str, str]] = {
     ("sampler", "category_balance"): OF_CATEGORIES,
     ("sampler", "distinct_category_balance"): {**OF_CATEGORIES, "epoch_size": "count"},
     ("sampler", "random"): {"batch_size": "from_2"},
+    ("sampler", "hard_pairs"): {"n_positives": "count", "n_negatives": "count", "depth": "count"},
     ("extractor", "timm"): {**OF_EMBEDDINGS, "gem_p": "rate"},
     ("extractor", "zoo"): OF_EMBEDDINGS,
     ("optimizer", ""): {
@@ -136,6 +138,7 @@ NEEDED: dict[tuple[str, str], Node] = {
     ("sampler", "category_balance"): {"n_categories": 1, "n_labels": 8, "n_instances": 4},
     ("sampler", "distinct_category_balance"): {"n_categories": 1, "n_labels": 8, "n_instances": 4, "epoch_size": 2},
     ("sampler", "random"): {"batch_size": 8},
+    ("sampler", "hard_pairs"): {"n_pairs": 8},
     ("extractor", "timm"): {"model": "test_vit"},
     ("extractor", "zoo"): {"entry": "resnet50"},
     ("schedule", "step"): {"epochs": [1]},
@@ -188,7 +191,7 @@ def test_every_key_with_a_range_is_tried() -> None:
     for place, model in models.items():
         schema = model.model_json_schema()["properties"]
         ranged = {key for key in schema if re.search("inimum|aximum", json.dumps(schema[key]))}
-        elsewhere = {"hidden_dims", "n_positive", "n_negative", "k_values", "epochs"}
+        elsewhere = {"hidden_dims", "n_positive", "n_negative", "k_values", "epochs", "n_pairs"}
         assert ranged - elsewhere <= set(KEYS.get(place, {})) <= ranged | elsewhere, place
 
 

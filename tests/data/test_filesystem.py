@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.fs as fs
 import pytest
 
-from oml_ray.data.filesystem import exists, is_uri, join, list_files, parent, read_bytes, resolve
+from oml_ray.data.filesystem import exists, is_uri, join, linked_out, list_files, parent, read_bytes, resolve
 from oml_ray.errors import StorageError
 
 
@@ -137,6 +137,30 @@ def test_list_files(tmp_path: Path) -> None:
     assert list_files(tmp_path / "absent") == []
     with pytest.raises(StorageError, match="cannot list"):
         list_files(tmp_path / "a")
+
+
+def test_names_that_are_no_texts_are_in_nobodys_way(tmp_path: Path) -> None:
+    """A table cannot hold them, but they may lie beside what it holds."""
+    folder = os.fsencode(tmp_path)
+    Path(os.fsdecode(folder + b"/bad\xff.png")).touch()
+    os.symlink(b"/etc/passwd", folder + b"/link\xff.png")
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.png").symlink_to("/etc/passwd")
+    assert sorted(list_files(tmp_path)) == ["a.png", "b.png"]
+    assert linked_out(tmp_path, tmp_path) == {"b.png"}
+
+
+@pytest.mark.parametrize("uri", ["nowhere://[/a.png", "s3://a\u2100b/c", "file://[::1/a"])
+def test_what_is_no_uri_is_refused(uri: str, tmp_path: Path) -> None:
+    for call in (resolve, parent, list_files, read_bytes, lambda uri: join(uri, "a"), lambda uri: linked_out(uri, "/")):
+        with pytest.raises(StorageError, match="cannot use"):
+            call(uri)
+
+
+def test_a_path_with_a_null_byte_is_refused() -> None:
+    for path in ("/a\0b.png", "file:///a\0b.png"):
+        with pytest.raises(StorageError, match="cannot read"):
+            read_bytes(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

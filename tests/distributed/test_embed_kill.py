@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.fs
 import pytest
 import yaml
 from helpers import write_images
+from processes import Job
 
 from oml_ray.retrieval.store import Manifest, Store, embeddings_of
 
-JOB = Path(__file__).parents[2] / "jobs" / "embed.py"
-MARK = "OML_RAY_TEST_EMBED"  # in the environment of a job and of all that Ray starts for it
 KILLS = 5
 BAD_ROW = 31
-
-
-class Job:
-    """One process of the embed job, with everything that it starts, for the body of a `with`."""
-
-    def __init__(self, config: Path) -> None:
-        self.mark = f"{config}-{time.monotonic_ns()}"
-        environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1"}
-        environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [sys.executable, JOB, config],
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.kill()
-
-    def end(self) -> tuple[int, str]:
-        """Wait for the end; return the exit status, and what was written to stderr."""
-        _, errors = self.process.communicate(timeout=300)
-        return self.process.returncode, errors
-
-    def kill(self) -> None:
-        """SIGKILL to its group, and to all that Ray has put into groups of their own, until nothing is left."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.end()
-        deadline = time.monotonic() + 30
-        while left := self._started():
-            assert time.monotonic() < deadline, left
-            for process in left:
-                process.kill()
-            psutil.wait_procs(left, timeout=5)
-
-    def _started(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:  # it has ended meanwhile, or is someone else's
-                continue
-        return found
 
 
 def write_config(folder: Path, table: Path, name: str) -> Path:
@@ -110,7 +55,7 @@ def rows_of(run: Path) -> tuple[Manifest, dict[int, bytes], dict[int, str]]:
 def test_a_killed_job_continues_to_the_store_of_an_unbroken_one(tmp_path: Path) -> None:
     table = write_images(tmp_path / "t", labels=150, instances=3, validation=50)
     (tmp_path / "t" / "images" / f"{BAD_ROW // 3}_{BAD_ROW % 3}.png").write_text("no image")
-    with Job(write_config(tmp_path, table, "unbroken")) as job:
+    with Job("embed", write_config(tmp_path, table, "unbroken")) as job:
         assert job.end() == (0, "")
     expected = parts_of(tmp_path / "unbroken")
 
@@ -119,7 +64,7 @@ def test_a_killed_job_continues_to_the_store_of_an_unbroken_one(tmp_path: Path) 
     kept: dict[str, int] = {}
     for _ in range(KILLS):
         wanted, delay = len(kept) + generator.randrange(20), generator.uniform(0, 0.2)
-        with Job(config) as job:
+        with Job("embed", config) as job:
             while len(parts_of(run)) < max(wanted, 1):
                 assert job.process.poll() is None, job.end()
                 time.sleep(0.01)
@@ -130,7 +75,7 @@ def test_a_killed_job_continues_to_the_store_of_an_unbroken_one(tmp_path: Path) 
         assert kept.items() <= found.items(), "a part was made again"
         assert len(found) < len(expected), "it was whole before it was killed"
         kept = found
-    with Job(config) as job:
+    with Job("embed", config) as job:
         assert job.end() == (0, "")
 
     assert kept.items() <= parts_of(run).items()

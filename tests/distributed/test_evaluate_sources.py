@@ -21,7 +21,7 @@ from helpers import write_images
 from oml_ray.cli import main
 from oml_ray.config import nodes
 from oml_ray.data.table import Table, read_table
-from oml_ray.distributed import evaluate
+from oml_ray.distributed import sources
 from oml_ray.distributed.embed import columns_of
 from oml_ray.errors import EmbeddingError
 from oml_ray.retrieval.neighbors_file import read_neighbors
@@ -319,7 +319,7 @@ def test_a_source_gives_the_naive_numbers(evaluated: tuple[str, Path, Instances]
 def test_a_file_may_hold_the_rows_of_the_split_alone(table: Path, embeddings: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "some.npy", embeddings[18:])
     data = nodes.SplitData(table=str(table))
-    embedded = evaluate.from_files(str(tmp_path / "some.npy"), read_table(data.table), data)
+    embedded = sources.from_files(str(tmp_path / "some.npy"), read_table(data.table), data)
     assert embedded.embeddings.ids().tolist() == list(range(18, 78))
     (block,) = embedded.blocks(np.array([20, 77]), 100)
     np.testing.assert_array_equal(block.embeddings, embeddings[[20, 77]])

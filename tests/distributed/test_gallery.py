@@ -12,7 +12,8 @@ import ray
 
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import resolve
-from oml_ray.distributed.gallery import Block, GalleryPool, Part
+from oml_ray.distributed.gallery import Block, GalleryPool
+from oml_ray.distributed.shard import Part
 from oml_ray.retrieval import exact, ranks
 from oml_ray.retrieval.neighbors import Neighbors, concatenate
 from oml_ray.retrieval.rows import Rows

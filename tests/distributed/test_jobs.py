@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow.fs
 import pytest
 import requests
 import yaml
+from helpers import kill_marked
 from pyarrow import parquet
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
@@ -89,12 +89,7 @@ class Head:
     def __exit__(self, *_: object) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        deadline = time.monotonic() + 30
-        while left := self._started():
-            assert time.monotonic() < deadline, left
-            for process in left:
-                process.kill()
-            psutil.wait_procs(left, timeout=5)
+        kill_marked(MARK, str(self.folder))
 
     def _wait(self) -> None:
         """Wait until jobs can be submitted: the dashboard answers, and so does the agent behind it."""
@@ -107,16 +102,6 @@ class Head:
                 assert self.process.poll() is None, (self.folder / "head.log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-
-    def _started(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:  # it has ended meanwhile, or is someone else's
-                continue
-        return found
 
     def client(self) -> JobSubmissionClient:
         """Someone who has the token."""
@@ -227,7 +212,7 @@ def test_all_code_and_configs_are_uploaded(tmp_path: Path) -> None:
         str(path.relative_to(ROOT))
         for folder in ("oml_ray", "jobs", "configs")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix not in (".pyc", ".md")
     }
     assert found == expected
 
@@ -252,7 +237,7 @@ def test_a_stopped_training_goes_on_where_it_was(
     trained: tuple[list[str], list[str], list[dict[str, Any]]], storage: Path
 ) -> None:
     first, second, between = trained
-    interrupted = "oml-ray: interrupted; an unfinished run continues under run.resume: auto, a sweep by --resume."
+    interrupted = "oml-ray: interrupted; the same command continues an unfinished run, a sweep with --resume."
     assert first[-1] == interrupted
     assert strange(first[:-1], TRAINING) == []
     assert strange(second, TRAINING, RESULTS, f"report: {storage}/figures_smoke/report.html") == []

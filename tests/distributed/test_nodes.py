@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import train_config
+from helpers import Gloo, case, train_config
+from processes import Job
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from oml_ray.distributed.runs import METRICS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 COMMAND = Path(sys.executable).with_name("oml-ray")
 PLACEMENT = {
@@ -58,7 +60,9 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "labels": {"role": "head"}})
+    # The first free port from 8265 on, where Ray's own actors look for a dashboard.
+    head = {"num_cpus": 2, "labels": {"role": "head"}, "include_dashboard": True, "dashboard_port": None}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield Nodes(cluster)
     finally:
@@ -106,6 +110,28 @@ def test_a_node_lost_in_training(nodes: Nodes, small_table: Path, tmp_path: Path
         nodes.cluster.remove_node(node)
 
 
+def test_a_node_that_comes_makes_training_grow(nodes: Nodes, small_table: Path, tmp_path: Path, gloo: Gloo) -> None:
+    """Training begins on the one node that there is, and goes on over two; its parameters are those of a process."""
+    kept = [nodes.add("train", 1), nodes.add("evaluate", 2)]
+    steps = {
+        "training": {"epochs": 400, "precision": "fp64"},
+        "optimizer": {"name": "sgd", "lr": 0.01},  # Adam would make more of each last digit, step after step
+        "validation": {"every": 200, "at_start": False},
+    }
+    scaling = {"num_workers": [1, 2], "resize_every_s": 2, "placement": PLACEMENT}
+    config = train_config(small_table, tmp_path, **steps, checkpoint={"every_steps": 20}, scaling=scaling)
+    training = nodes.start("train", config, tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 20, training)
+    kept.append(nodes.add("train", 1))
+    told = finish(training)
+    sizes = re.findall(r"^training on (\d) workers?, from step \d+$", told, re.MULTILINE)
+    assert sizes == ["1", "2"], told
+    gloo(1, [case(small_table, tmp_path, "plain", **steps)])
+    assert max_difference(weights(tmp_path / "run"), weights(tmp_path / "plain")) < 1e-10
+    for node in kept:
+        nodes.cluster.remove_node(node)
+
+
 def test_a_node_lost_in_evaluation(nodes: Nodes, tmp_path: Path) -> None:
     """Each of two nodes holds a shard; one goes while both search, and the shard is built anew on the other."""
     labels = np.repeat(np.arange(10_000), 3)
@@ -136,6 +162,16 @@ def test_a_node_lost_in_evaluation(nodes: Nodes, tmp_path: Path) -> None:
     finish(nodes.start("evaluate", config, tmp_path))
     assert metrics(tmp_path / "lost") == metrics(tmp_path / "whole")
     nodes.cluster.remove_node(kept)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_another_ray_on_the_machine_does_not_end_a_training(small_table: Path, tmp_path: Path) -> None:
+    """Ray's own cleaner of dead trainings asks a dashboard: that of its own Ray, or none, not that of `nodes`."""
+    scaling = {"num_workers": 1, "max_failures": 0}
+    config = train_config(small_table, tmp_path, training={"epochs": 60, "precision": "fp64"}, scaling=scaling)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    with Job("train", tmp_path / "train.yaml") as job:
+        assert job.end() == (0, "")
 
 
 def processes_of(title: str) -> list[psutil.Process]:

@@ -58,7 +58,7 @@ def ray_session() -> Iterator[None]:
 
 def test_too_few_cpus_for_one_trial(small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, small_table, {"seed": {"choice": [1, 2]}}, {"num_samples": 2})
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     capfd.readouterr()
     try:
         for flag in ([], ["--dry-run"]):
@@ -72,6 +72,7 @@ def test_too_few_cpus_for_one_trial(small_table: Path, tmp_path: Path, capfd: py
         ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_sweep_with_a_failing_trial(small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Three random trials, two at a time; the learning rate of one makes its loss infinite."""
@@ -130,9 +131,9 @@ def test_stopped_trials_give_back_what_they_held(small_table: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_whose_driver_is_killed_goes_on(small_table: Path, tmp_path: Path) -> None:
-    """ASHA over six trials; the driver is killed (-9) in the third, then interrupted (Ctrl-C), then left alone."""
+    """ASHA over four trials; the driver is killed (-9) in the second, then interrupted (Ctrl-C), then left alone."""
     space = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}, "seed": {"randint": [0, 1000]}}
-    tune = {"num_samples": 6, "scheduler": "asha", "reduction_factor": 2, "max_concurrent": 1}
+    tune = {"num_samples": 4, "scheduler": "asha", "reduction_factor": 2, "max_concurrent": 1}
     path = write(tmp_path, small_table, space, tune, training={"epochs": 6, "precision": "fp32"})
     run = tmp_path / "margins"
 
@@ -152,18 +153,18 @@ def test_a_sweep_whose_driver_is_killed_goes_on(small_table: Path, tmp_path: Pat
         process.communicate(timeout=60)
         return process.returncode
 
-    assert end_in_the_middle_of("0002", signal.SIGKILL) == -signal.SIGKILL
+    assert end_in_the_middle_of("0001", signal.SIGKILL) == -signal.SIGKILL
     before = ended()
-    assert set(before) == {"0000", "0001"}
+    assert set(before) == {"0000"}
     histories = {name: (run / "trials" / name / "history.jsonl").read_text() for name in before}
-    assert end_in_the_middle_of("0004", signal.SIGINT) == 130
-    assert set(ended()) in ({"0000", "0001", "0002", "0003"}, {"0000", "0001", "0002", "0003", "0004"})
+    assert end_in_the_middle_of("0002", signal.SIGINT) == 130
+    assert set(ended()) in ({"0000", "0001"}, {"0000", "0001", "0002"})
     subprocess.run([COMMAND, "sweep", path, "--resume"], check=True, stdout=subprocess.DEVNULL)
 
     results = json.loads((run / "results.json").read_text())
-    assert sorted(trial["trial"] for trial in results["trials"]) == [f"{index:04d}" for index in range(6)]
+    assert sorted(trial["trial"] for trial in results["trials"]) == [f"{index:04d}" for index in range(4)]
     assert results["counts"]["failed"] == 0
-    assert results["counts"]["stopped"] + results["counts"]["finished"] == 6
+    assert results["counts"]["stopped"] + results["counts"]["finished"] == 4
     assert results["best"]["evaluated"] == pytest.approx(results["best"]["value"], abs=1e-6)
     assert {name: ended()[name] for name in before} == before
     assert histories == {name: (run / "trials" / name / "history.jsonl").read_text() for name in before}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
-from helpers import Gloo, train_config, write_images
+from helpers import Gloo, kill_train_worker, train_config, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -125,6 +122,7 @@ def test_another_config_under_a_used_name_is_refused(
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_another_number_of_workers(unbroken: Path, small_table: Path, tmp_path: Path) -> None:
     """As if the driver was killed after the first epoch: what came later is taken away, then 3 workers go on."""
     shutil.copytree(unbroken, tmp_path / "run")
@@ -155,13 +153,7 @@ def test_a_worker_that_dies_is_replaced(
 
     def kill_one(text: str) -> None:
         if text.startswith("epoch 1:") and not killed:
-            workers = [
-                process
-                for process in psutil.process_iter(["cmdline"])
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-            ]
-            killed.append(workers[-1].pid)
-            os.kill(workers[-1].pid, signal.SIGKILL)
+            killed.append(kill_train_worker())
 
     monkeypatch.setattr(progress, "say", kill_one)
     config = train_config(
@@ -187,6 +179,7 @@ def test_a_bad_train_image_ends_the_run_with_one_message(tmp_path: Path, capfd: 
     assert error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 def test_bad_images_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     table = write_images(tmp_path / "t", labels=10, instances=3, validation=3)
     for name in ("2_1", "8_2"):  # one to train on, one of the gallery

@@ -146,6 +146,11 @@ def test_what_faiss_refuses_is_said_in_one_sentence():
         with pytest.raises(error, match=message) as caught:
             GalleryIndex.build(how, GALLERY)
         assert "/project/" not in str(caught.value)
+        if error is ConfigError:  # found without a gallery, too
+            with pytest.raises(error, match=message):
+                how.check(GALLERY.dim)
+        else:
+            how.check(GALLERY.dim)
 
 
 def test_settings_that_are_wrong_by_themselves():

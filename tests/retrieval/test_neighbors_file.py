@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oml_ray.errors import EmbeddingError, StorageError
-from oml_ray.retrieval import neighbors_file
+from oml_ray.retrieval import neighbors_file, whole_file
 from oml_ray.retrieval.metrics import per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate
 from oml_ray.retrieval.neighbors_file import metrics_writer, neighbors_writer, read_neighbors
@@ -74,7 +74,7 @@ def test_metrics_come_back_with_null_for_no_ground_truth(tmp_path):
 
 @pytest.mark.parametrize("object_store", [False, True])
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch, object_store):
-    monkeypatch.setattr(neighbors_file, "OBJECT_STORES", ("local",) if object_store else ())
+    monkeypatch.setattr(whole_file, "OBJECT_STORES", ("local",) if object_store else ())
     path = tmp_path / "neighbors.parquet"
     neighbors = some_neighbors(np.random.default_rng(0), 3, 2)
     with pytest.raises(ZeroDivisionError), neighbors_writer(LOCAL, str(path), 2) as write:  # noqa: PT012

@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections import Counter
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from PIL import Image
+from page_checks import EVIL, Seen, image
 
 from oml_ray.errors import ImageError
 from oml_ray.retrieval.report.page import MAX_BAD_IMAGES
 from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
-
-EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
-VOID = {"meta", "img"}
-
-
-class Seen(HTMLParser):
-    """What a browser sees: every tag closed in order, attributes, and text outside of the style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"] and data.strip():
-            self.texts.append(" ".join(data.split()))
-
-    def values(self, *names: str) -> list[str]:
-        return [value for name, value in self.attributes if name in names]
-
-
-def image(kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), "red").save(buffer, kind)
-    return buffer.getvalue()
 
 
 def page(text: str = "cats", **changes: Any) -> SearchPage:

@@ -46,6 +46,17 @@ def test_the_newest_and_the_best_are_kept(run: RunDirectory) -> None:
             assert checkpoints.read(folder).position.global_step == step
 
 
+def test_a_best_one_that_was_removed_is_replaced_by_the_newest(run: RunDirectory) -> None:
+    assert checkpoints.replace_lost_best(run) is None
+    for step in range(1, 6):
+        checkpoints.save(run, at(step), is_best=step == 2, keep=2)
+    assert checkpoints.replace_lost_best(run) is None
+    run.remove("checkpoints", "step_00000002")
+    assert checkpoints.replace_lost_best(run) == "step_00000005"
+    with checkpoints.located(f"{run.uri}/checkpoints/best") as folder:
+        assert checkpoints.read(folder).position.global_step == 5
+
+
 def test_what_a_dying_process_left_does_not_matter(run: RunDirectory) -> None:
     checkpoints.save(run, at(1), is_best=True, keep=2)
     unfinished = run.path("checkpoints", ".step_00000002-abc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def test_best_follows_the_metric(small_table: Path, tmp_path: Path, mode: str, b
     trained.train()
     with checkpoints.located(str(tmp_path / "run" / "checkpoints" / "best")) as folder:
         assert checkpoints.read(folder).position.global_step == best
+
+
+def test_the_score_of_a_best_that_is_gone_is_no_score_to_beat(small_table: Path, tmp_path: Path) -> None:
+    values = {0: 0.1, 4: 0.9, 8: 0.3, 12: 0.5, 16: 0.4}
+
+    def trained(epochs: int) -> None:
+        built = loop(small_table, tmp_path, training={"epochs": epochs}, schedule={"name": "constant"})
+        built.validate = lambda extractor, context: {"cmc.1": values[built.position.global_step]}
+        built.train()
+
+    def best() -> str:
+        return (tmp_path / "run" / "checkpoints" / "best").read_text()
+
+    trained(2)
+    assert best() == "step_00000004"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / best())
+    trained(4)
+    assert best() == "step_00000012"
 
 
 def test_a_frozen_backbone_moves_only_after_its_epochs(small_table: Path, tmp_path: Path) -> None:

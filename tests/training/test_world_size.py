@@ -62,7 +62,7 @@ def test_training_moves_the_parameters(small_table: Path, workplace: Path, gloo:
     assert difference(Path(one_step["result"]), Path(long["result"])) > 1e-3
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_killed_run_continues_at_another_world_size(
     small_table: Path, tmp_path: Path, gloo: Gloo, before: int, after: int
 ) -> None:

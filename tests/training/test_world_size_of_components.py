@@ -84,6 +84,7 @@ def test_micro_batches_change_nothing(small_table: Path, tmp_path: Path, gloo: G
     assert difference(Path(plain["result"]), Path(chunks["result"])) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 3)])
 def test_banks_heads_and_averages_resume_at_another_world_size(
     small_table: Path, tmp_path: Path, gloo: Gloo, before: int, after: int

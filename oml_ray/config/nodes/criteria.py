@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from oml_ray.config.nodes.base import Node, Positive, Probability, Rate
+from oml_ray.config.nodes.pairs import PairsBCE
 
 # Told apart beforehand, so that a mistake has one message rather than one of each kind.
 Ranks = Annotated[
@@ -231,6 +232,7 @@ Criterion = Annotated[
     | ProxyAnchor
     | ArcFace
     | CosFace
-    | PytorchMetricLearning,
+    | PytorchMetricLearning
+    | PairsBCE,
     Field(discriminator="name"),
 ]

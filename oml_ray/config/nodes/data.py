@@ -31,6 +31,11 @@ class Data(Node):
     """Images announcing more pixels are refused before they are decoded."""
 
 
+class TrainData(Data):
+    store: Annotated[str, Field(min_length=1)] | None = None
+    """Embeddings store of the whole table (data.split: all), for models that judge pairs; null: none."""
+
+
 class SplitData(Data):
     split: Literal["train", "validation", "all"] = "validation"
     """Rows of the table to use."""

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from oml_ray.config.nodes.base import Node, NonNegative, Positive, Probability, Seed
 from oml_ray.config.nodes.extractors import Extractor
+from oml_ray.config.nodes.rerank import OfDistances, OfExpansion, OfNormalisation, OfPairwise, OfThresholds, Reranker
 
 
 class Embed(Node):
@@ -185,12 +186,62 @@ class Evaluation(Node):
     """Other ways of searching, each judged against exact search."""
     neighbors: bool = False
     """Write the neighbors of every query as neighbors.parquet."""
-    rerank: Annotated[list[None], Field(max_length=0)] = []
-    """Re-rankers, applied in order; empty: none."""
+    rerank: list[Reranker] = []
+    """Re-rankers, applied in order to what the search has found; empty: none."""
+    depth: Positive = 100
+    """Neighbors of each query that re-rankers get; without any, as many are searched as metrics and pictures need."""
     metrics: Metrics = Metrics()
     """What is computed from them."""
     pictures: Pictures = Pictures()
     """What the report shows of them."""
+
+    @property
+    def num_neighbors(self) -> int:
+        """How many neighbors of each query are searched."""
+        needed = max(self.metrics.largest_rank, self.pictures.neighbors)
+        judged = [node.top_n or 0 for node in self.rerank if isinstance(node, OfPairwise)]
+        return max(needed, self.depth, *judged) if self.rerank else needed
+
+    @property
+    def only_listed(self) -> Evaluation:
+        """The same, ending with the search and with what its lists tell."""
+        return self.model_copy(update={"metrics": self.metrics.only_listed, "rerank": []})
+
+    @model_validator(mode="after")
+    def _can_be_reranked(self) -> Self:
+        if self.rerank:
+            self.check_reranked()
+        normalised = None
+        for node in self.rerank:
+            if isinstance(node, OfNormalisation):
+                normalised = node.name
+            elif isinstance(node, OfExpansion):  # searches again
+                normalised = None
+            elif normalised and isinstance(node, OfDistances):
+                raise ValueError(
+                    f"rerank: {node.name} cannot follow {normalised}, whose distances may be negative: put it before"
+                )
+        return self
+
+    def check_reranked(self) -> None:
+        """Refuse metrics that re-ranked lists cannot tell.
+
+        Raises:
+            ValueError: names the keys.
+        """
+        if not self.metrics.by_rank:
+            return
+        names = ", ".join(f"metrics.{name}" for name in self.metrics.by_rank)
+        if any(isinstance(node, OfThresholds) for node in self.rerank):
+            raise ValueError(
+                f"rerank: thresholds shorten the lists, but {names} need the ranks of all relevant items: leave out "
+                "one or the other"
+            )
+        if self.gallery.backend != "exact":
+            raise ValueError(
+                f"{names}: after re-ranking they need to know what exactly was nearest: set gallery.backend: exact, or "
+                "leave them out"
+            )
 
 
 class CheckpointSource(Node):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from oml_ray.config.nodes.base import Node, Positive
+from oml_ray.config.nodes.pairs import HardPairsSampler
 
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
@@ -62,6 +63,6 @@ class RandomSampler(Node):
 
 
 Sampler = Annotated[
-    BalanceSampler | CategoryBalanceSampler | DistinctCategoryBalanceSampler | RandomSampler,
+    BalanceSampler | CategoryBalanceSampler | DistinctCategoryBalanceSampler | RandomSampler | HardPairsSampler,
     Field(discriminator="name"),
 ]

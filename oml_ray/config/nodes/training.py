@@ -142,6 +142,11 @@ class Scaling(Node):
     """Whether the cluster grows when more is asked for: then what it lacks now is waited for, not refused."""
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the number of training processes may change."""
+        return isinstance(self.num_workers, list)
+
+    @property
     def most_workers(self) -> int:
         """How many training processes there may be."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
@@ -155,7 +160,7 @@ class Scaling(Node):
     def _is_a_range(self) -> Self:
         if self.least_workers > self.most_workers:
             raise ValueError(f"num_workers: the least must not be above the most, found {self.num_workers}")
-        if isinstance(self.num_workers, list) and self.placement.workers.labels:
+        if self.is_elastic and self.placement.workers.labels:
             raise ValueError(
                 "placement.workers.labels: Ray does not heed labels when it counts how many workers of num_workers: "
                 f"{self.num_workers} there is room for: mark the nodes by a custom resource and set "

@@ -3,6 +3,7 @@
 from oml_ray.data.samplers.balance import BalanceSampler
 from oml_ray.data.samplers.category_balance import CategoryBalanceSampler
 from oml_ray.data.samplers.distinct_category_balance import DistinctCategoryBalanceSampler
+from oml_ray.data.samplers.hard_pairs import HardPairsSampler
 from oml_ray.data.samplers.random import RandomSampler
 from oml_ray.data.samplers.sampler import Ids, Sampler
 
@@ -10,6 +11,7 @@ __all__ = [
     "BalanceSampler",
     "CategoryBalanceSampler",
     "DistinctCategoryBalanceSampler",
+    "HardPairsSampler",
     "Ids",
     "RandomSampler",
     "Sampler",

@@ -26,8 +26,21 @@ and cannot tell. A query with n = 0 has no ground truth: it is NaN here and left
 that retrieved nothing scores 0.
 """
 
+from oml_ray.retrieval.metrics.change import Changes, changes
 from oml_ray.retrieval.metrics.listed import PerQuery, per_query
 from oml_ray.retrieval.metrics.ranked import ALL, FAMILIES_BY_RANK, from_ranks
-from oml_ray.retrieval.metrics.summary import bootstrap, resamples, summarise
+from oml_ray.retrieval.metrics.summary import bootstrap, means, resamples, summarise
 
-__all__ = ["ALL", "FAMILIES_BY_RANK", "PerQuery", "bootstrap", "from_ranks", "per_query", "resamples", "summarise"]
+__all__ = [
+    "ALL",
+    "FAMILIES_BY_RANK",
+    "Changes",
+    "PerQuery",
+    "bootstrap",
+    "changes",
+    "from_ranks",
+    "means",
+    "per_query",
+    "resamples",
+    "summarise",
+]

@@ -61,6 +61,22 @@ def bootstrap(values: Float64Array, samples: int, seed: int) -> Float64Array:
     return ends
 
 
+def means(values: Mapping[str, Mapping[str, Float64Array]]) -> dict[str, float]:
+    """Means over the queries with ground truth, of which there must be some.
+
+    Arguments:
+        values: {metric: {k: float64 (Q,)}}, NaN without ground truth.
+
+    Returns:
+        {"cmc.1": 0.91}.
+
+    Example:
+        >>> means({"cmc": {"1": np.array([1.0, 0.0, np.nan])}})
+        {'cmc.1': 0.5}
+    """
+    return {f"{name}.{k}": float(np.nanmean(column)) for name, by_k in values.items() for k, column in by_k.items()}
+
+
 def summarise(
     values: Mapping[str, Mapping[str, Float64Array]],
     categories: NDArray[np.int64] | None = None,

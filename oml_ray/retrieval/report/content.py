@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oml_ray.retrieval.approximation import ComparedSetting
+from oml_ray.retrieval.metrics import Changes
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ class QueryRow:
     scores: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RerankedStage:
+    """Metrics after the search, or after a re-ranker.
+
+    Attributes:
+        name: such as "k_reciprocal k1=30".
+        metrics: as `metrics.changes` gives them, against the search.
+    """
+
+    name: str
+    metrics: Changes
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
     """All that a report shows; what is empty or None is left out of the page.
@@ -55,6 +69,7 @@ class Report:
         bad_images: path and reason of each image that could not be read; the page lists the first thousand.
         baseline_title: the name of the baseline, the head of its column.
         comparisons: ways of approximate search against exact search, all at one k; the page numbers them from 1.
+        reranking: the search, and what each re-ranker made of its neighbors, in their order.
     """
 
     title: str
@@ -69,3 +84,4 @@ class Report:
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     baseline_title: str = "before training"
     comparisons: Sequence[ComparedSetting] = ()
+    reranking: Sequence[RerankedStage] = ()

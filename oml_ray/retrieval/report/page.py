@@ -20,7 +20,7 @@ from oml_ray.errors import ImageError, StorageError
 from oml_ray.retrieval.approximation import ComparedSetting
 from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import plots
-from oml_ray.retrieval.report.content import Picture, Report
+from oml_ray.retrieval.report.content import Picture, Report, RerankedStage
 
 MAX_BAD_IMAGES = 1000
 _IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
@@ -97,7 +97,8 @@ def render(report: Report) -> str:
         category_plots=[Markup(svg) for svg in _category_plots(overall, categories)],
         distances=_distances(pairs),
         pairs=_pairs(pairs),
-        comparison_metrics=_comparison_metrics(report.comparisons),
+        comparison_metrics=_metrics_of(report.comparisons),
+        reranking_metrics=_metrics_of(report.reranking),
         comparison_plot=_comparison_plot(report.comparisons),
         counts=dict(facts(report.metrics.get("counts", {}))),
         timings=dict(facts(report.metrics.get("timings", {}))),
@@ -206,7 +207,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield plots.lines(title, "epoch" if kind == "validation" else "step", lines)
 
 
-def _comparison_metrics(settings: Sequence[ComparedSetting]) -> list[tuple[str, str]]:
+def _metrics_of(settings: Sequence[ComparedSetting | RerankedStage]) -> list[tuple[str, str]]:
     """Metric and k of every column: those that any setting has."""
     keys = [(metric, k) for setting in settings for metric, by_k in setting.metrics.items() for k in by_k]
     return list(dict.fromkeys(keys))
