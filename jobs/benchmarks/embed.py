@@ -2,7 +2,7 @@
 
 The bare extractor embeds batches that are in memory, in a process of its own, with as many threads as there are cores.
 ``as built`` it is what `build.extractor` gives, ``tuned`` what the job's actors make of it (`embed.make_fast`,
-`embed.KEEP_MEMORY`).
+`session.KEEP_MEMORY`).
 The job reads, decodes and embeds all images and writes the store, on the same cores. Its start-up (of actors, which
 import torch) is in ``whole``. Without: what it takes for all images less what it takes for a quarter of them. To begin
 with the first part's start instead would flatter the job, which decodes ahead while its actors start.
@@ -29,12 +29,12 @@ from jobs.benchmarks.processes import environment, fresh
 from oml_ray import build
 from oml_ray.config import EmbedConfig, validate
 from oml_ray.distributed import embed, runs
-from oml_ray.distributed.session import session, unwrapped
+from oml_ray.distributed.session import KEEP_MEMORY, session, unwrapped
 from oml_ray.training.run_directory import RunDirectory
 
 ACTORS = ((1, 1), (1, 2), (2, 1))  # and CPUs of each
 TARGET = ">= 0.9"
-BARE: dict[str, dict[str, str]] = {"as built": {}, "tuned": embed.KEEP_MEMORY}
+BARE: dict[str, dict[str, str]] = {"as built": {}, "tuned": KEEP_MEMORY["env_vars"]}
 BARE_BATCHES = 8  # in memory
 
 

@@ -27,21 +27,13 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.decoding import Row, error_note, fetched, load_part, raise_noted, unpack
 from oml_ray.distributed.progress import counting, say
-from oml_ray.distributed.session import Needs, check_given, placed, session, unwrapped
+from oml_ray.distributed.session import KEEP_MEMORY, Needs, check_given, placed, session, unwrapped
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor
 from oml_ray.learning.siamese import PairModel
 from oml_ray.retrieval.store import Manifest, Store
 from oml_ray.training.run_directory import RunDirectory
-
-# Left alone, glibc gives what a batch frees back to the system, which zeroes it anew for the next batch: on CPUs that
-# can cost twice what the network does. It reads these when a process starts; other libraries pass them over.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
 
 
 def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
@@ -170,7 +162,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         compute=actor_pool(node, len(missing)),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
-        runtime_env={"env_vars": KEEP_MEMORY},
+        runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
     with counting("embedding", len(rows), "images") as done:

@@ -22,9 +22,9 @@ from oml_ray.data.images import Batch, EvaluationLoader
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.distributed.decoding import Row, attempt, error_note, fetched, pack, raise_noted, unpack
-from oml_ray.distributed.embed import KEEP_MEMORY, actor_pool, make_fast
+from oml_ray.distributed.embed import actor_pool, make_fast
 from oml_ray.distributed.progress import counting
-from oml_ray.distributed.session import placed
+from oml_ray.distributed.session import KEEP_MEMORY, placed
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.learning.siamese import PairModel
@@ -98,7 +98,7 @@ def judged(judge: Judge, pairs: Pairs, node: nodes.Embed, scaling: nodes.Scaling
         compute=actor_pool(node, num_blocks),
         num_cpus=node.cpus_per_actor,
         num_gpus=1 if scaling.use_gpu else 0,
-        runtime_env={"env_vars": KEEP_MEMORY},
+        runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
     with counting("judging", len(found), "pairs") as done:

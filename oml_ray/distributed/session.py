@@ -26,6 +26,16 @@ from oml_ray.errors import OmlRayError, ResourceError
 
 CALLED_BACK = ("_remove", "__del__")  # by weak references, and by the end of an object
 LATER_S = 0.01
+# A runtime environment. Left alone, glibc gives what a batch frees back to the system, which zeroes it anew for the
+# next batch: on CPUs that can cost twice what the network does. It reads these when a process starts; other libraries
+# pass them over.
+KEEP_MEMORY = {
+    "env_vars": {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    }
+}
 
 
 @dataclass(frozen=True)

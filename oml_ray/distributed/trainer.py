@@ -23,7 +23,7 @@ from oml_ray.distributed import evaluate, mining, runs, sources, validation, wor
 from oml_ray.distributed.controller import StopOnUserError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
-from oml_ray.distributed.session import Needs, check_given, quiet, session, unwrapped
+from oml_ray.distributed.session import KEEP_MEMORY, Needs, check_given, quiet, session, unwrapped
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.pairs import Mined
 from oml_ray.training.run_directory import History, RunDirectory
@@ -240,6 +240,7 @@ def fit(
             else join(run.uri, RAY_RECORDS),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             callbacks=[StopOnUserError(), *callbacks],
+            worker_runtime_env=KEEP_MEMORY,
         ),
         validation_config=validation.task_config(payload) if is_async else None,
     )  # fmt: skip
