@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oml_ray.build.criteria import criterion
     from oml_ray.build.data import (
         FIGURES,
         evaluation_loader,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         transform,
     )
     from oml_ray.build.learning import (
-        criterion,
         extractor,
         learner,
         optimizer,
@@ -64,7 +64,7 @@ __all__ = [
     "weights_of",
 ]
 
-_PARTS = ("data", "stores", "retrieval", "learning", "tracking", "training")  # light ones first
+_PARTS = ("data", "stores", "retrieval", "criteria", "learning", "tracking", "training")  # light ones first
 
 
 def __getattr__(name: str) -> Any:
