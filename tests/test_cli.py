@@ -116,7 +116,9 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(
     config = train_config(small_table, tmp_path / "runs")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["train", str(tmp_path / "config.yaml"), "--dry-run", "--set", "seed=9", "training.epochs=3"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert out.endswith("\n# This config can run: all was checked that can be checked without computing.\n")
+    printed = yaml.safe_load(out)
     assert printed["seed"] == 9
     assert printed["training"]["epochs"] == 3
     assert printed["optimizer"]["lr"] == 1e-3

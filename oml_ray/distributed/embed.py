@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from oml_ray import build
-from oml_ray.config import EmbedConfig, dump, nodes
+from oml_ray.config import EmbedConfig, nodes
 from oml_ray.data.filesystem import resolve
 from oml_ray.data.images import Batch, EvaluationLoader
 from oml_ray.data.samplers import Ids
@@ -114,7 +114,7 @@ def dry_run(config: EmbedConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config."""
     config, _ = _prepare(config)
     check_given(needs(config.evaluation.embed, config.scaling))
-    say(dump(config))
+    runs.say_checked(config)
 
 
 def _prepare(config: EmbedConfig) -> tuple[EmbedConfig, Images]:

@@ -86,7 +86,7 @@ def dry_run(config: EvaluateConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config."""
     config, *_ = _prepare(config)
     check_given(_needs(config))
-    say(dump(config))
+    runs.say_checked(config)
 
 
 def _needs(config: EvaluateConfig) -> Needs:

@@ -154,6 +154,11 @@ def is_finished(config: Config) -> bool:
     return True
 
 
+def say_checked(config: Config) -> None:
+    """Print a config, every default spelled out, whose dry run found nothing wrong."""
+    say(f"{dump(config)}# This config can run: all was checked that can be checked without computing.")
+
+
 def open_run(config: Config) -> RunDirectory:
     """Open the run's directory: continue what is there, or clear it for `resume: never`.
 

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from oml_ray import build
-from oml_ray.config import SweepConfig, TrainConfig, dump
+from oml_ray.config import SweepConfig, TrainConfig
 from oml_ray.config.space import Choice, Grid, Values, shown
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, sweep_results, sweep_runs, trainer
@@ -76,7 +76,7 @@ def dry_run(config: SweepConfig) -> None:
     if config.tune.search != "optuna":
         for index in range(config.num_trials):
             say(f"# trial {index:04d}: {shown(config.draw(index))}")
-    say(dump(config))
+    runs.say_checked(config)
 
 
 def _check(config: SweepConfig) -> None:

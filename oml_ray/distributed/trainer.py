@@ -16,7 +16,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from oml_ray import build
-from oml_ray.config import TrainConfig, dump, nodes
+from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
 from oml_ray.distributed import evaluate, mining, runs, sources, validation, worker
@@ -100,7 +100,7 @@ def dry_run(config: TrainConfig) -> None:
     prepare(config)
     build.check_tracking(config)
     check_given(_all_needs(config))
-    say(dump(config))
+    runs.say_checked(config)
 
 
 def train(config: TrainConfig) -> None:
