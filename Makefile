@@ -1,6 +1,6 @@
 # make demo    train on generated figures and write a report: needs Python 3.11+, no compiler, no GPU, no data
 # make check   lint, format, types, floors
-# make test    the tests that take seconds;  make test-all  all of them
+# make test    the tests that take seconds;  make test-all  all of them, or those of SELECTED="-m 'not long'"
 # Everything is installed into .venv; another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +17,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SELECTED)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check

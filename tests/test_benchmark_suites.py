@@ -147,6 +147,7 @@ def test_indexes() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("in_this_process", "cluster")
 def test_searches_through_ray() -> None:

@@ -110,6 +110,7 @@ def test_a_node_lost_in_training(nodes: Nodes, small_table: Path, tmp_path: Path
         nodes.cluster.remove_node(node)
 
 
+@pytest.mark.long
 def test_a_node_that_comes_makes_training_grow(nodes: Nodes, small_table: Path, tmp_path: Path, gloo: Gloo) -> None:
     """Training begins on the one node that there is, and goes on over two; its parameters are those of a process."""
     kept = [nodes.add("train", 1), nodes.add("evaluate", 2)]
@@ -164,6 +165,7 @@ def test_a_node_lost_in_evaluation(nodes: Nodes, tmp_path: Path) -> None:
     nodes.cluster.remove_node(kept)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("nodes")
 def test_another_ray_on_the_machine_does_not_end_a_training(small_table: Path, tmp_path: Path) -> None:
     """Ray's own cleaner of dead trainings asks a dashboard: that of its own Ray, or none, not that of `nodes`."""

@@ -114,6 +114,7 @@ def test_a_sweep_with_a_failing_trial(small_table: Path, tmp_path: Path, capfd: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_session")
 def test_stopped_trials_give_back_what_they_held(small_table: Path, tmp_path: Path) -> None:

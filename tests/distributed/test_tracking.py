@@ -69,6 +69,7 @@ def test_a_training_whose_worker_dies_is_recorded_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_trial_of_a_sweep_that_validates_elsewhere_is_recorded(
     small_table: Path, tmp_path: Path, node: dict[str, Any]
 ) -> None:
