@@ -170,6 +170,7 @@ def test_a_table_without_labels_in_an_index(
     assert "broken: not a readable image" in page
 
 
+@pytest.mark.slow
 def test_an_unreadable_query_is_one_message(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "damaged").mkdir()
     (folder / "damaged" / "x.jpg").write_text("no image")
