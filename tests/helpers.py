@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -70,15 +71,22 @@ def difference(one: Path, other: Path) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
-def kill_train_worker() -> int:
-    """SIGKILL to one training process of this machine; its id."""
-    workers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-    ]
-    workers[-1].kill()
-    return workers[-1].pid
+def kill_after_an_epoch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have one training process of this machine killed (-9) when the first epoch is told; its id, once it is."""
+    killed: list[int] = []
+
+    def kill_one(text: str) -> None:
+        if text.startswith("epoch 1:") and not killed:
+            workers = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+            ]
+            workers[-1].kill()
+            killed.append(workers[-1].pid)
+
+    monkeypatch.setattr("oml_ray.distributed.progress.say", kill_one)
+    return killed
 
 
 def kill_marked(name: str, value: str) -> None:

@@ -45,6 +45,15 @@ class Seen(HTMLParser):
         return [value for name, value in self.attributes if name in names]
 
 
+def check_fetches_nothing(text: str, *, pictures: int) -> None:
+    """Everything that a page shows lies in the page itself."""
+    seen = Seen(text)
+    assert len(seen.values("src")) == pictures
+    assert all(value.startswith("data:image/") for value in seen.values("src"))
+    assert seen.values("href", "srcset", "data", "action") == []
+    assert any(value.startswith("default-src 'none'") and "script-src" not in value for value in seen.values("content"))
+
+
 def image(kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 6), "red").save(buffer, kind)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import kill_train_worker, train_config
+from helpers import kill_after_an_epoch, train_config
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from oml_ray.cli import main
-from oml_ray.distributed import progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -35,13 +34,7 @@ def test_a_training_whose_worker_dies_is_recorded_whole(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one(text: str) -> None:
-        if text.startswith("epoch 1:") and not killed:
-            killed.append(kill_train_worker())
-
-    monkeypatch.setattr(progress, "say", kill_one)
+    killed = kill_after_an_epoch(monkeypatch)
     config = train_config(
         small_table, tmp_path, scaling={"num_workers": 2}, training={"epochs": 3, "log_every": 1},
         tracking=[node],

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import Gloo, kill_train_worker, train_config, write_images
+from helpers import Gloo, kill_after_an_epoch, train_config, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
 from oml_ray.cli import main
-from oml_ray.distributed import progress
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -149,13 +148,7 @@ def test_a_worker_that_dies_is_replaced(
     unbroken: Path, small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training process is killed (-9) when the first epoch is validated; the end is that of the unbroken run."""
-    killed: list[int] = []
-
-    def kill_one(text: str) -> None:
-        if text.startswith("epoch 1:") and not killed:
-            killed.append(kill_train_worker())
-
-    monkeypatch.setattr(progress, "say", kill_one)
+    killed = kill_after_an_epoch(monkeypatch)
     config = train_config(
         small_table, tmp_path, scaling={"num_workers": 2}, checkpoint={"metric": "cmc.1", "every_steps": 1}
     )
