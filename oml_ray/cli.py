@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from oml_ray import __version__
+from oml_ray.distributed.imports import uncollected
 from oml_ray.errors import OmlRayError
 
 USER_ERROR = 2
@@ -164,7 +165,8 @@ def _train(parsed: argparse.Namespace) -> None:
     from oml_ray.config import TrainConfig, load
 
     config = load(TrainConfig, parsed.config, parsed.overrides)
-    from oml_ray.distributed import trainer
+    with uncollected():
+        from oml_ray.distributed import trainer
 
     if parsed.dry_run:
         trainer.dry_run(config)
@@ -176,7 +178,8 @@ def _embed(parsed: argparse.Namespace) -> None:
     from oml_ray.config import EmbedConfig, load
 
     config = load(EmbedConfig, parsed.config, parsed.overrides)
-    from oml_ray.distributed import embed
+    with uncollected():
+        from oml_ray.distributed import embed
 
     if parsed.dry_run:
         embed.dry_run(config)
@@ -188,7 +191,8 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from oml_ray.config import EvaluateConfig, load
 
     config = load(EvaluateConfig, parsed.config, parsed.overrides)
-    from oml_ray.distributed import evaluate
+    with uncollected():
+        from oml_ray.distributed import evaluate
 
     if parsed.dry_run:
         evaluate.dry_run(config)
@@ -200,7 +204,8 @@ def _sweep(parsed: argparse.Namespace) -> None:
     from oml_ray.config import load_sweep
 
     config = load_sweep(parsed.config, parsed.overrides)
-    from oml_ray.distributed import sweep
+    with uncollected():
+        from oml_ray.distributed import sweep
 
     if parsed.dry_run:
         sweep.dry_run(config)
@@ -212,7 +217,8 @@ def _search(parsed: argparse.Namespace) -> None:
     from oml_ray.config import SearchConfig, load
 
     config = load(SearchConfig, parsed.config, parsed.overrides)
-    from oml_ray.distributed import find
+    with uncollected():
+        from oml_ray.distributed import find
 
     if parsed.dry_run:
         find.dry_run(config)
@@ -227,7 +233,8 @@ def _check(parsed: argparse.Namespace) -> None:
     schema: type[EmbedConfig | TrainConfig] = EmbedConfig if "source" in tree else TrainConfig
     config = validate(schema, tree, parsed.config)
     if parsed.images or parsed.store is not None or parsed.page is not None:
-        from oml_ray.distributed import doctor
+        with uncollected():
+            from oml_ray.distributed import doctor
 
         doctor.check(config, images=parsed.images, store=parsed.store, page=parsed.page)
         return

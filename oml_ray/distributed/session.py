@@ -145,7 +145,7 @@ def _start(needs: Needs, dashboard: bool) -> None:
                 ray.init(address=address, **options)
             else:
                 cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
-                with _known_to_workers():
+                with _told_to_workers():
                     ray.init(
                         address="local",
                         num_cpus=cpus,
@@ -161,14 +161,19 @@ def _start(needs: Needs, dashboard: bool) -> None:
 
 
 @contextmanager
-def _known_to_workers() -> Iterator[None]:
-    """Have the workers of a Ray that is started in the body of a `with` know its address.
+def _told_to_workers() -> Iterator[None]:
+    """Have the workers of a Ray that is started in the body of a `with` know its address, and that it is one machine.
 
     Where several Rays run on one machine, those of Ray's actors that ask the dashboard (2.60: Train's, which give back
-    what a stopped trial held) would not know which to ask.
+    what a stopped trial held) would not know which to ask. And nobody announces the end of the only machine: the actor
+    that listens for that would take its part of the start.
     """
     port, ip = _free_port(), get_node_ip_address()  # type: ignore[no-untyped-call]
-    given = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ip}:{port}"}
+    given = {
+        "RAY_GCS_SERVER_PORT": str(port),
+        "RAY_ADDRESS": f"{ip}:{port}",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
     os.environ.update(given)
     try:
         yield

@@ -19,7 +19,7 @@ from oml_ray import build
 from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import evaluate, mining, runs, sources, validation, worker
+from oml_ray.distributed import entry, evaluate, mining, runs, sources, validation
 from oml_ray.distributed.controller import StopOnUserError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
@@ -221,7 +221,7 @@ def fit(
     }
     name, place = runs.ray_name(config), scaling.placement.workers
     trainer = TorchTrainer(
-        work or worker.work,
+        work or entry.work,
         train_loop_config=payload,
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(

@@ -31,11 +31,6 @@ PROGRESS_EVERY_S = 0.5
 POINTER = "step.json"
 
 
-def work(payload: dict[str, Any]) -> None:
-    """What each worker runs; a restarted one continues from the run's last checkpoint."""
-    build_loop(payload).train()
-
-
 def build_loop(payload: dict[str, Any]) -> Loop:
     """Build the loop of one worker from what `fit` sends to all of them."""
     config = validate(TrainConfig, payload["config"], "config")
