@@ -40,6 +40,8 @@ class Job:
         if self.process.poll() is None:
             self.kill()
         kill_marked(MARK, self.mark)
+        assert self.process.stderr is not None
+        self.process.stderr.close()  # of a job that ended before anyone asked
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; return the exit status, and what was written to stderr."""
