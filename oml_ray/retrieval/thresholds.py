@@ -2,8 +2,9 @@
 
 A threshold is a (distance, id). The limits of its distance (`Products.above`, `Products.below`) split a query's scores
 into those proven to be nearer, those proven to be farther, and a few between, whose pairs are measured by definition.
-Each row of scores is sorted once, so that binary searches find all splits: O(log g) per score, however many thresholds
-there are. Scores are sorted as float64 whose lowest bits, which float32 leaves free, carry their column.
+Of each row of scores those below its last limit are sorted once, so that binary searches find all splits: O(1) for a
+score that is farther than all thresholds, as nearly all are with a good extractor, O(log g) for the others, however
+many thresholds there are. They are sorted as float64 whose lowest bits, which float32 leaves free, carry their column.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oml_ray.retrieval.candidates import nonzero
 from oml_ray.retrieval.rows import tensor_of
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -23,6 +25,7 @@ FARTHEST = torch.finfo(torch.float32).max  # the score of a pair that never coun
 COLUMN_BITS = 2**29 - 1  # what a mantissa of float64 has more than one of float32
 SCORES_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # sorted together; on a CPU they stay in the caches
 THRESHOLDS_AT_ONCE = 2**20
+SPARSE = 8  # a part of the scores that is sorted faster alone than among all
 
 
 class Thresholds:
@@ -100,7 +103,7 @@ class Thresholds:
     def _before(self, row: int, scores: Tensor, above: Tensor, below: Tensor, measure: Measure) -> Tensor:
         """int64 (rows, m) of some rows, the first of which is `row`."""
         width = above.shape[1]
-        keys = _sorted_keys(scores)
+        keys = _sorted_keys(scores, above.amax(dim=1, keepdim=True).float())
         ends, starts = torch.searchsorted(keys, above), torch.searchsorted(keys, below)
         # Keys in question are [start, end). Both ascend, so without what earlier thresholds ask for they are disjoint;
         # and nothing is left for the places beyond those of a row, whose distance is 0.
@@ -136,10 +139,27 @@ class Thresholds:
         return slice(int(self._offsets[b.start]), int(self._offsets[b.stop]))
 
 
-def _sorted_keys(scores: Tensor) -> Tensor:
-    """Scores (rows, g) as float64, ascending, with their columns in the lowest bits; numpy sorts fastest on a CPU."""
-    keys = scores.double()
-    keys.view(torch.int64).bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
+def _sorted_keys(scores: Tensor, limits: Tensor) -> Tensor:
+    """Scores (rows, g) as float64, ascending, with their columns in the lowest bits; numpy sorts fastest on a CPU.
+
+    What is not below the limits (rows, 1) counts for no threshold, so where that is much it is left out.
+
+    Returns:
+        (rows, at most g), at the end of rows perhaps FARTHEST.
+    """
+    near = scores < limits
+    if SPARSE * int(near.count_nonzero()) > scores.numel():
+        keys = scores.double()
+        keys.view(torch.int64).bitwise_or_(torch.arange(scores.shape[1], device=keys.device))
+    else:
+        found = nonzero(near)
+        rows = found // scores.shape[1]
+        counts = torch.bincount(rows, minlength=len(scores))
+        places = torch.arange(len(found), device=found.device) - (counts.cumsum(0) - counts)[rows]
+        some = scores.reshape(-1)[found].double()
+        some.view(torch.int64).bitwise_or_(found % scores.shape[1])
+        keys = some.new_full((len(scores), int(counts.max())), FARTHEST)
+        keys[rows, places] = some
     if keys.device.type == "cpu":
         keys.numpy().sort(axis=1)
         return keys

@@ -18,14 +18,15 @@ from oml_ray.retrieval.thresholds import FARTHEST, Thresholds
     most=st.integers(1, 9),
     block_rows=st.integers(1, 8),
     noise=st.sampled_from([0.0, 0.5, 3.0]),
+    farthest=st.sampled_from([1, 2, 8]),  # with 1, few pairs or none come before a threshold
 )
-def test_counts_equal_a_loop(seed, num_queries, width, most, block_rows, noise):
+def test_counts_equal_a_loop(seed, num_queries, width, most, block_rows, noise, farthest):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, most + 1, num_queries)
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     ids = rng.permutation(offsets[-1] + 2 * width).astype(np.int64)
     ids, item_ids = ids[: offsets[-1]], ids[offsets[-1] :].reshape(2, width)
-    distances = rng.integers(0, 8, offsets[-1]).astype(np.float32)
+    distances = rng.integers(0, farthest, offsets[-1]).astype(np.float32)
     for start, stop in itertools.pairwise(offsets.tolist()):
         order = np.lexsort((ids[start:stop], distances[start:stop]))
         ids[start:stop], distances[start:stop] = ids[start:stop][order], distances[start:stop][order]
