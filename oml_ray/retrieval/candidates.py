@@ -122,8 +122,7 @@ class Candidates:
         """Keeps pairs (p,), sorted by query."""
         while len(queries):
             touched, inverse, counts = torch.unique_consecutive(queries, return_inverse=True, return_counts=True)
-            first = counts.cumsum(0) - counts
-            places = torch.arange(len(queries), device=queries.device) - first[inverse] + self._filled[queries]
+            places = places_within(inverse, counts) + self._filled[queries]
             fits = places < self._scores.shape[1]
             full = touched[self._filled[touched] + counts > self._scores.shape[1]]
             if not len(full):
@@ -152,6 +151,11 @@ class Candidates:
         self._positions[queries] = torch.cat([positions, torch.zeros_like(positions)], dim=1)
         self._filled[queries] = self._filled[queries].clamp(max=self.keep)
         self.limits[queries] = torch.minimum(self.limits[queries], limits)
+
+
+def places_within(groups: Tensor, counts: Tensor) -> Tensor:
+    """The place, from 0, of each element in its group; `groups` int64 (n,) ascend, `counts` are their sizes."""
+    return torch.arange(len(groups), device=groups.device) - (counts.cumsum(0) - counts)[groups]
 
 
 def nonzero(mask: Tensor) -> Tensor:

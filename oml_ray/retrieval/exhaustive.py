@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oml_ray.distances import EXACT_CHUNK_ELEMENTS, Distance, exact_paired
-from oml_ray.retrieval.candidates import PAIRS_AT_ONCE, nonzero
+from oml_ray.retrieval.candidates import PAIRS_AT_ONCE, nonzero, places_within
 from oml_ray.retrieval.exclusion import excluded_pairs
 from oml_ray.retrieval.neighbors import NO_ID, Neighbors
 from oml_ray.retrieval.products import Products
@@ -96,7 +96,7 @@ def _absorb(best_distances: Tensor, best_ids: Tensor, rows: Tensor, distances: T
     """Merges pairs (p,), sorted by row, into the k best (queries, k), in place; a bounded number per row at a time."""
     k = best_ids.shape[1]
     touched, inverse, counts = torch.unique_consecutive(rows, return_inverse=True, return_counts=True)
-    places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[inverse]  # 0, 1, ... in each row
+    places = places_within(inverse, counts)
     most, width = int(counts.max()) if len(counts) else 0, max(k, MERGE_WIDTH)
     for layer in range(0, most, width):
         here = ((places >= layer) & (places < layer + width)).nonzero()[:, 0] if most > width else slice(None)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oml_ray.retrieval.candidates import nonzero
+from oml_ray.retrieval.candidates import nonzero, places_within
 from oml_ray.retrieval.rows import tensor_of
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -111,7 +111,7 @@ class Thresholds:
         unsure = (ends - starts).clamp_(min=0)  # (rows, m)
         before = ends - unsure.cumsum(dim=1)
         asking = torch.repeat_interleave(unsure.view(-1))  # flat position in (rows, m) of each pair in question
-        within = torch.arange(len(asking), device=asking.device) - (unsure.view(-1).cumsum(0) - unsure.view(-1))[asking]
+        within = places_within(asking, unsure.view(-1))
         rows, first = asking // width, asking % width
         columns = keys.view(torch.int64)[rows, starts.view(-1)[asking] + within] & COLUMN_BITS
         places = self._places(row + rows, first, *measure(row + rows, columns))
@@ -149,18 +149,21 @@ def _sorted_keys(scores: Tensor, limits: Tensor) -> Tensor:
     """
     near = scores < limits
     if SPARSE * int(near.count_nonzero()) > scores.numel():
-        keys = scores.double()
-        keys.view(torch.int64).bitwise_or_(torch.arange(scores.shape[1], device=keys.device))
+        keys = _keys(scores, torch.arange(scores.shape[1], device=scores.device))
     else:
         found = nonzero(near)
         rows = found // scores.shape[1]
         counts = torch.bincount(rows, minlength=len(scores))
-        places = torch.arange(len(found), device=found.device) - (counts.cumsum(0) - counts)[rows]
-        some = scores.reshape(-1)[found].double()
-        some.view(torch.int64).bitwise_or_(found % scores.shape[1])
+        some = _keys(scores.reshape(-1)[found], found % scores.shape[1])
         keys = some.new_full((len(scores), int(counts.max())), FARTHEST)
-        keys[rows, places] = some
+        keys[rows, places_within(rows, counts)] = some
     if keys.device.type == "cpu":
         keys.numpy().sort(axis=1)
         return keys
     return keys.sort(dim=1).values
+
+
+def _keys(scores: Tensor, columns: Tensor) -> Tensor:
+    keys = scores.double()
+    keys.view(torch.int64).bitwise_or_(columns)
+    return keys
