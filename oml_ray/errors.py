@@ -10,11 +10,14 @@
     ├── CheckpointError       a checkpoint that is absent, damaged, or of another architecture
     ├── ExportError           a model that another format cannot hold
     ├── StorageError          a place that cannot be read or written
+    │   └── StorageUnavailableError   storage that failed at every retry
     ├── ResourceError         CPUs or GPUs that the cluster does not have
+    │   └── OutOfMemoryError  host or GPU memory that does not suffice
+    ├── ProcessDiedError      a worker, actor or node that died more often than is allowed
     └── RunError              a run that cannot start or continue under its name
 
 Every message names the file, key or row, what was found, what is allowed and what to do. Anything that is not an
-`OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace.
+`OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace (docs/failure_policy.md).
 """
 
 import re
@@ -52,8 +55,20 @@ class StorageError(OmlRayError):
     """A path or URI cannot be read or written."""
 
 
+class StorageUnavailableError(StorageError):
+    """Storage failed transiently (5xx, timeout, connection reset, throttling, EIO) at every retry."""
+
+
 class ResourceError(OmlRayError):
     """The cluster does not have what the config asks for."""
+
+
+class OutOfMemoryError(ResourceError):
+    """Host or GPU memory does not suffice for the batch or block sizes of the config."""
+
+
+class ProcessDiedError(OmlRayError):
+    """A worker, actor or node died more often than `scaling.max_failures` allows."""
 
 
 class RunError(OmlRayError):

@@ -31,7 +31,8 @@ from jobs.benchmarks import (
     retrieval_within,
 )
 from jobs.benchmarks.figure import Figure
-from oml_ray.distributed.session import Needs, session
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import session
 from oml_ray.errors import RunError
 
 

@@ -14,7 +14,9 @@ from jobs.benchmarks.processes import Watch, descendants, memory
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import resolve
 from oml_ray.distributed.gallery import GalleryPool
-from oml_ray.distributed.session import Needs, session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import session
 from oml_ray.distributed.shard import Part
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 

@@ -29,7 +29,9 @@ from jobs.benchmarks.processes import environment, fresh
 from oml_ray import build
 from oml_ray.config import EmbedConfig, validate
 from oml_ray.distributed import embed, runs
-from oml_ray.distributed.session import KEEP_MEMORY, session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY
+from oml_ray.distributed.session import session
 from oml_ray.training.run_directory import RunDirectory
 
 ACTORS = ((1, 1), (1, 2), (2, 1))  # and CPUs of each

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from jobs.benchmarks.figure import Figure
 from oml_ray.config import TrainConfig, dump, validate
 from oml_ray.distributed import runs, trainer, worker
-from oml_ray.distributed.session import session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import session
 from oml_ray.distributed.stream import BATCHES_AHEAD, BATCHES_PER_TASK
 from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory

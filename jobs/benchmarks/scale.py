@@ -22,7 +22,8 @@ from jobs.benchmarks.train import trained
 from oml_ray.config import EmbedConfig, nodes, validate
 from oml_ray.distributed import embed, runs
 from oml_ray.distributed.gallery import Block
-from oml_ray.distributed.session import session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import session
 
 IMAGES, GALLERY, QUERIES, BLOCK, DIM, K = 24_000, 200_000, 4_096, 1024, 128, 10
 TARGET = "2: linear"

@@ -27,7 +27,8 @@ from jobs.benchmarks.processes import peak_above_idle
 from oml_ray import build
 from oml_ray.config import TrainConfig, dump, validate
 from oml_ray.distributed import runs, trainer, worker
-from oml_ray.distributed.session import session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import session
 from oml_ray.training.run_directory import History, RunDirectory
 
 MODEL, SIZE, N_LABELS, N_INSTANCES, WORKERS, EPOCHS = "resnet10t", 64, 32, 4, 2, 4

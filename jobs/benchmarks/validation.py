@@ -12,7 +12,8 @@ from typing import Any
 from jobs.benchmarks.figure import Figure
 from oml_ray.config import TrainConfig, validate
 from oml_ray.distributed import runs, trainer
-from oml_ray.distributed.session import Needs, session
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import session
 from oml_ray.training.run_directory import History
 
 EPOCHS = 4

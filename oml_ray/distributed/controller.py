@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from oml_ray.distributed.session import user_error
+from oml_ray.distributed.runtime.failures import user_error
 
 
 class StopOnUserError(UserCallback):

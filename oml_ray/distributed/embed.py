@@ -27,7 +27,9 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.decoding import Row, error_note, fetched, load_part, raise_noted, unpack
 from oml_ray.distributed.progress import counting, say
-from oml_ray.distributed.session import KEEP_MEMORY, Needs, check_given, placed, session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, placed
+from oml_ray.distributed.session import check_given, session
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import ConfigError, OmlRayError
 from oml_ray.learning.extractors import Extractor

@@ -25,8 +25,10 @@ from oml_ray.distributed.reporting import (
     training_timings,
     worst_queries,
 )
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.search import Embedded, Found, places_in, search
-from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.distributed.session import check_given, session
 from oml_ray.errors import ConfigError
 from oml_ray.retrieval.approximation import ComparedSetting, compare, mark_pareto
 from oml_ray.retrieval.metrics import changes, summarise

@@ -26,8 +26,10 @@ from oml_ray.distributed import embed, gallery, runs
 from oml_ray.distributed.gallery import pool_of
 from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.reporting import THUMBNAIL
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.search import Embedded
-from oml_ray.distributed.session import Needs, check_given, session, unwrapped
+from oml_ray.distributed.session import check_given, session
 from oml_ray.distributed.shard import Part
 from oml_ray.errors import EmbeddingError, ImageError, StorageError
 from oml_ray.retrieval.neighbors_file import neighbors_writer

@@ -18,7 +18,7 @@ from oml_ray import build
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.samplers import Ids
-from oml_ray.distributed.session import Needs, placed
+from oml_ray.distributed.runtime.resources import Needs, placed
 from oml_ray.distributed.shard import Answer, GalleryShard, Part
 from oml_ray.errors import OmlRayError
 from oml_ray.retrieval import ranks

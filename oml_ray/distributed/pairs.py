@@ -24,7 +24,7 @@ from oml_ray.data.table import Table
 from oml_ray.distributed.decoding import Row, attempt, error_note, fetched, pack, raise_noted, unpack
 from oml_ray.distributed.embed import actor_pool, make_fast
 from oml_ray.distributed.progress import counting
-from oml_ray.distributed.session import KEEP_MEMORY, placed
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY, placed
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.learning.siamese import PairModel

@@ -26,7 +26,8 @@ from oml_ray.data.plan import Plan
 from oml_ray.data.samplers import Ids
 from oml_ray.data.stream import ItemLoader, PlannedBatch
 from oml_ray.distributed.decoding import load_evaluation, load_training, unpack
-from oml_ray.distributed.session import placed, quiet
+from oml_ray.distributed.runtime.resources import placed
+from oml_ray.distributed.session import quiet
 
 BATCHES_PER_TASK = 8
 BATCHES_AHEAD = 8

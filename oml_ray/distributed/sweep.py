@@ -14,7 +14,8 @@ from oml_ray.config.space import Choice, Grid, Values, shown
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, sweep_results, sweep_runs, trainer
 from oml_ray.distributed.progress import say
-from oml_ray.distributed.session import is_given, session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import is_given, session
 from oml_ray.distributed.sweep_table import showing
 from oml_ray.distributed.trials import Record, Trial
 from oml_ray.distributed.tuning import RAY_RECORDS, run_trials

@@ -13,7 +13,7 @@ from ray.util.state.exception import RayStateApiException
 
 from oml_ray.config import SweepConfig, TrainConfig, nodes
 from oml_ray.distributed import evaluate, trainer, validation
-from oml_ray.distributed.session import Needs
+from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.tuning import DRIVER_CPUS
 from oml_ray.errors import ResourceError, reason_of
 

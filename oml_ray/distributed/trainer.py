@@ -23,7 +23,9 @@ from oml_ray.distributed import entry, evaluate, mining, runs, sources, validati
 from oml_ray.distributed.controller import StopOnUserError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
-from oml_ray.distributed.session import KEEP_MEMORY, Needs, check_given, quiet, session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs
+from oml_ray.distributed.session import check_given, quiet, session
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.pairs import Mined
 from oml_ray.training.run_directory import History, RunDirectory

@@ -13,7 +13,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from oml_ray import build
 from oml_ray.config import TrainConfig, validate
 from oml_ray.distributed import runs, trainer
-from oml_ray.distributed.session import quiet, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import quiet
 from oml_ray.distributed.trials import Point, checkpoint_step, curve_of
 from oml_ray.errors import OmlRayError, reason_of
 from oml_ray.training.run_directory import RunDirectory

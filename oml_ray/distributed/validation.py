@@ -17,8 +17,9 @@ from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
 from oml_ray.distributed import embed, gallery, sources
 from oml_ray.distributed.decoding import fetched
+from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.search import search
-from oml_ray.distributed.session import Needs, quiet
+from oml_ray.distributed.session import quiet
 from oml_ray.distributed.worker import POINTER
 from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.retrieval.metrics import means

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from oml_ray.distributed.session import Needs, session
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import session
 
 
 @pytest.fixture(scope="module")

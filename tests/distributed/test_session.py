@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from oml_ray.distributed.session import Needs, _interrupt, session
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import _interrupt, session
 
 
 def test_a_sigterm_cannot_break_the_end_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:

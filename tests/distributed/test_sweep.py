@@ -19,7 +19,8 @@ from helpers import train_config
 
 from oml_ray.cli import main
 from oml_ray.config import TrainConfig, load
-from oml_ray.distributed.session import Needs, session
+from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.session import session
 
 JOINT = "[sampler.n_labels, sampler.n_instances]"
 COMMAND = Path(sys.executable).with_name("oml-ray")

@@ -16,7 +16,8 @@ from jobs.benchmarks.peer_scripts.measured import Checked, options
 from oml_ray.config import EmbedConfig, validate
 from oml_ray.distributed import embed as job
 from oml_ray.distributed import runs
-from oml_ray.distributed.session import session, unwrapped
+from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.session import session
 from oml_ray.retrieval.store import embeddings_of
 from oml_ray.training.run_directory import RunDirectory
 

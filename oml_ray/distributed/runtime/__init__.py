@@ -1,0 +1,1 @@
+"""The Ray runtime: sessions, resources, and failures of processes."""
