@@ -48,12 +48,22 @@ class Bank:
         """Put in a global batch, in place of the oldest when full.
 
         Args:
-            embeddings: (B, D).
+            embeddings: (B, D), as many as in the first batch; a batch without any is not remembered.
             labels: int64 (B,).
+
+        Raises:
+            ValueError: another number or dimension of embeddings than in the batches before.
         """
+        if not len(labels):
+            return
         if self._embeddings is None or self._labels is None:
             self._embeddings = embeddings.new_zeros((self.size_in_batches, *embeddings.shape))
             self._labels = labels.new_zeros((self.size_in_batches, *labels.shape))
+        if embeddings.shape != self._embeddings.shape[1:]:  # torch would repeat a single embedding
+            raise ValueError(
+                f"the bank holds batches of {tuple(self._embeddings.shape[1:])} embeddings, found "
+                f"{tuple(embeddings.shape)}: give batches of one size."
+            )
         self._embeddings[self._pointer], self._labels[self._pointer] = embeddings, labels
         self._pointer = (self._pointer + 1) % self.size_in_batches
         self._fill = min(self._fill + 1, self.size_in_batches)
@@ -90,7 +100,7 @@ class BankedCriterion(nn.Module):
         memory = self.bank.memory(embeddings)
         loss, logs = cast(PairCriterion, self.criterion)(embeddings, labels, memory)
         if memory is not None:
-            same = (labels[:, None] == memory.labels[None, :]).sum() / len(labels)  # of (batch, memory)
+            same = (labels[:, None] == memory.labels[None, :]).sum() / max(1, len(labels))  # of (batch, memory)
             logs = {**logs, "bank_positives": same, "bank_negatives": len(memory.labels) - same}
         self.bank.push(embeddings, labels)
         return loss, logs

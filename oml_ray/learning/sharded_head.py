@@ -126,8 +126,8 @@ class ShardedHead(nn.Module):
             unit(embeddings)[0], self._used, columns, self.margin, self.scale, self.world_size
         )
         logs = {
-            "accuracy": (own_cosines >= other_cosines).to(own_cosines.dtype).mean(),
-            "angle": own_cosines.clamp(-1, 1).acos().mean().rad2deg(),
+            "accuracy": _mean((own_cosines >= other_cosines).to(own_cosines.dtype)),
+            "angle": _mean(own_cosines.clamp(-1, 1).acos()).rad2deg(),
         }
         return loss, logs
 
@@ -204,10 +204,10 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any, embeddings: Tensor, proxies: Tensor, columns: Tensor, margin: Margin, scale: float, world_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """embeddings: (B, D) of length 1; proxies: (n, D); columns: (B,), the own label's proxy, if in [0, n)."""
-        size = len(embeddings)
+        size = max(1, len(embeddings))
         chunks = torch.split(proxies, max(1, CHUNK_ELEMENTS // size)) if len(proxies) else ()
-        lowest = embeddings.new_full((size,), torch.finfo(embeddings.dtype).min)
-        own, others, sums = lowest, lowest, embeddings.new_zeros(size)
+        lowest = embeddings.new_full((len(embeddings),), torch.finfo(embeddings.dtype).min)
+        own, others, sums = lowest, lowest, torch.zeros_like(lowest)
         start, terms = 0, lowest
         for chunk in chunks:
             terms = embeddings @ unit(chunk)[0].T  # (batch, chunk)
@@ -222,7 +222,7 @@ class _MarginSoftmax(torch.autograd.Function):
         to_largest = ((others - largest) * scale).exp()
         negative = _all_reduce(sums * to_largest, dist.ReduceOp.SUM, world_size)
         total = negative + ((lowered - largest) * scale).exp()
-        loss = (total.log() + (largest - lowered) * scale).mean()
+        loss = _mean(total.log() + (largest - lowered) * scale)
         ctx.mark_non_differentiable(own, largest_other)
         if not any(ctx.needs_input_grad):
             return loss, own, largest_other
@@ -260,6 +260,11 @@ def _swap(matrix: Tensor, columns: Tensor, values: float | Tensor, *, else_: Ten
     found = matrix.gather(1, index)[:, 0]
     matrix.scatter_(1, index, torch.where(inside, values, found)[:, None])
     return torch.where(inside, found, else_)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean of (B,); zero of an empty batch."""
+    return values.sum() / max(1, len(values))
 
 
 def _all_reduce(tensor: Tensor, operation: Any, world_size: int) -> Tensor:

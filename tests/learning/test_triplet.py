@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,18 @@ from hypothesis import strategies as st
 
 from oml_ray.learning.losses import chosen_distances
 from oml_ray.learning.losses.triplet import TripletLoss
-from oml_ray.learning.miners import AllTriplets, HardClusterTriplets, HardTriplets, Miner, NHardTriplets
-from oml_ray.learning.pairs import Memory
+from oml_ray.learning.miners import (
+    AllTriplets,
+    Combinations,
+    DistanceWeightedTriplets,
+    EmbeddingTriplets,
+    HardClusterTriplets,
+    HardTriplets,
+    Miner,
+    MultiSimilarityPairs,
+    NHardTriplets,
+)
+from oml_ray.learning.pairs import Masks, Memory
 
 MINERS: dict[str, tuple[Miner, slice, slice]] = {  # and what they take of positives and negatives, the hardest first
     "all": (AllTriplets(), slice(None), slice(None)),
@@ -65,6 +76,52 @@ def test_value_and_gradient_equal_the_naive_loss(
         rise = naive(plus, np.array(labels), size, margin, miner) - naive(minus, np.array(labels), size, margin, miner)
         slope = rise / (2 * step)
         assert float(tensor.grad[index]) == pytest.approx(slope, abs=1e-6)
+
+
+def triplets_of(mined: Any, embeddings: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Anchor, positive and negative of every mined triplet, one by one."""
+    parts = [np.asarray(part.detach()) for part in mined]
+    if isinstance(mined, EmbeddingTriplets):
+        return [(a, p, n) for a, p, n, valid in zip(*parts, strict=True) if valid]
+    if isinstance(mined, Masks):
+        rows = [(a, np.flatnonzero(p), np.flatnonzero(n)) for a, (p, n) in enumerate(zip(*parts, strict=True))]
+        picked = [(a, p, n) for a, positives, negatives in rows for p in positives for n in negatives]
+    elif isinstance(mined, Combinations):
+        rows = [(a, p[p_ok], n[n_ok]) for a, (p, n, p_ok, n_ok) in enumerate(zip(*parts, strict=True))]
+        picked = [(a, p, n) for a, positives, negatives in rows for p in positives for n in negatives]
+    else:
+        picked = [(a, p, n) for a, p, n, valid in zip(*parts, strict=True) if valid]
+    return [(embeddings[a], embeddings[p], embeddings[n]) for a, p, n in picked]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=10), st.integers(0, 9999), st.integers(0, 3), st.floats(0.1, 2.0)
+)
+@pytest.mark.parametrize("margin", [None, 0.2, 1.0])
+@pytest.mark.parametrize(
+    "miner",
+    [
+        AllTriplets(),
+        HardTriplets(),
+        NHardTriplets(2, (1, 3)),
+        HardClusterTriplets(),
+        MultiSimilarityPairs(0.3),
+        DistanceWeightedTriplets(nonzero_loss_cutoff=1.9),
+    ],
+    ids=lambda miner: type(miner).__name__,
+)
+def test_active_triplets_are_the_share_with_a_positive_difference(
+    miner: Miner, margin: float | None, labels: list[int], seed: int, earlier: int, scale: float
+) -> None:
+    size = max(2, len(labels) - earlier)
+    embeddings = np.random.default_rng(seed).normal(size=(len(labels), 3)) * scale
+    tensors, ids = torch.tensor(embeddings), torch.tensor(labels)
+    batch = tensors[:size], ids[:size], Memory(tensors[size:], ids[size:]) if size < len(labels) else None
+    _, logs = TripletLoss(miner, margin=margin)(*batch)
+    gaps = [math.dist(a, p) - math.dist(a, n) + (margin or 0) for a, p, n in triplets_of(miner(*batch), embeddings)]
+    expected = sum(gap > 0 for gap in gaps) / len(gaps) if gaps else 0.0
+    assert float(logs["active_triplets"]) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("miner", sorted(MINERS))

@@ -25,7 +25,7 @@ def all_triplets(
 
     Returns:
         The loss, a scalar of the dtype of `distances` (zero without triplets), and the share of triplets that are
-        active (for the soft margin: that have a positive farther than the negative).
+        active: margin + d(a, p) - d(a, n) > 0, or d(a, p) - d(a, n) > 0 for the soft margin.
 
     Example:
         >>> distances = torch.tensor([[0.0, 0.5, 0.6]])

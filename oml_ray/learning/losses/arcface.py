@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from oml_ray.learning.losses.criterion import Loss
+from oml_ray.learning.losses.criterion import Loss, zero_loss
 from oml_ray.learning.losses.margins import (
     AngularMargin,
     CosineMargin,
@@ -87,6 +87,9 @@ class MarginSoftmaxLoss(nn.Module):
         Raises:
             RuntimeError: a label is unknown (`oml_ray.learning.losses.margins.positions` says when).
         """
+        if not len(labels):
+            nothing = torch.zeros_like(embeddings.detach().sum())
+            return zero_loss(embeddings, self.parameters()), {"accuracy": nothing, "angle": nothing}
         own = positions(labels, self.labels)[:, None]  # (batch, 1)
         centers = unit(self.proxies)[0].flatten(0, 1)  # (labels x sub-centers, D)
         cosines = unit(embeddings)[0] @ centers.T  # (batch, labels x sub-centers)

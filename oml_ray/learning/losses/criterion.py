@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,13 +13,27 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 """A scalar loss, and scalars without gradient that are worth logging."""
 
 
+def zero_loss(embeddings: Tensor, parameters: Iterable[Tensor] = ()) -> Tensor:
+    """Loss of a batch without embeddings, for criteria that average over them: zero, with zero gradients.
+
+    Args:
+        embeddings: (0, D) floats.
+        parameters: of the criterion; they are in the graph, as DDP expects a gradient of each.
+
+    Returns:
+        A scalar zero of the dtype of the embeddings.
+    """
+    return sum((parameter.flatten()[:0].sum() for parameter in parameters), embeddings.sum()).to(embeddings.dtype)
+
+
 class Criterion(Protocol):
     """A `torch.nn.Module` of the global batch; it sees the same embeddings and labels on every rank."""
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Loss:
         """Compute the loss of embeddings (B, D) with int64 labels (B,).
 
-        A batch that has nothing to learn from has a loss of zero with zero gradients, never NaN.
+        A batch without anything to learn from, such as one of no embeddings or without a valid pair, has a loss of zero
+        that `backward` works on, with zero gradients, and finite logs: never NaN, never an error.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -72,4 +72,4 @@ class MultiSimilarityLoss(nn.Module):
         gaps = 1 - distances - self.base
         pull = log1p_exp(log_sum_exp(-self.alpha * gaps, pairs.positive)) / self.alpha
         push = log1p_exp(log_sum_exp(self.beta * gaps, pairs.negative)) / self.beta
-        return (pull + push).mean(), pair_logs(distances, pairs)
+        return (pull + push).sum() / max(1, len(embeddings)), pair_logs(distances, pairs)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from oml_ray.errors import ConfigError, reason_of
-from oml_ray.learning.losses.criterion import Loss
+from oml_ray.learning.losses.criterion import Loss, zero_loss
 
 UNFIT = ("BaseMetricLossFunction", "GenericPairLoss", "VICRegLoss")
 """Two abstract losses, and one that compares two views of an image and takes no labels."""
@@ -51,6 +51,8 @@ class PytorchMetricLearningLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Loss:
         """Compute the loss of embeddings (B, D) with int64 labels (B,); there is nothing more to log."""
+        if not len(labels):  # of which some losses of the package make NaN
+            return zero_loss(embeddings, self.parameters()), {}
         return self.loss(embeddings, labels), {}
 
 

@@ -22,6 +22,9 @@ class TripletLoss(nn.Module):
     The loss is the mean over the mined triplets of max(0, margin + d(a, p) - d(a, n)), or of
     log(1 + exp(d(a, p) - d(a, n))) without a margin (the soft one), d being the euclidean distance. Where the miner
     picks pairs, every combination of an anchor's positives and negatives is a triplet.
+
+    It logs `active_triplets`, whatever the miner: the share of the mined triplets whose difference is positive, that is
+    margin + d(a, p) - d(a, n) > 0, or d(a, p) - d(a, n) > 0 for the soft margin.
     Sources: Schroff et al. 2015, "FaceNet"; Hermans et al. 2017 for the soft margin.
 
     Example:
@@ -77,7 +80,8 @@ class TripletLoss(nn.Module):
             logs = {
                 "distance_positive": positive @ weights,
                 "distance_negative": negative @ weights,
-                "active_triplets": (losses > 0).to(losses.dtype) @ weights,
+                # By the difference, not by the loss: a soft loss is positive for every triplet.
+                "active_triplets": (gap > -(self.margin or 0.0)).to(losses.dtype) @ weights,
             }
             if memory is not None and isinstance(mined, Triplets):
                 logs["positives_from_bank"] = (mined.positives >= len(labels)).to(losses.dtype) @ weights

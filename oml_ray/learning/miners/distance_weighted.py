@@ -64,6 +64,8 @@ class DistanceWeightedTriplets:
             B * min(max_positives, B + M) triplets.
         """
         others, other_labels = references(embeddings, labels, memory)
+        if not len(others):
+            return Triplets(labels, labels, labels, labels.bool())
         size, slots = len(labels), min(self.max_positives, len(others))
         numbers = uniform(other_labels, len(others) + size * slots)
         order, shares = numbers[: len(others)], numbers[len(others) :].view(size, slots)

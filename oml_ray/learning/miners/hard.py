@@ -21,6 +21,8 @@ class HardTriplets:
     def __call__(self, embeddings: Tensor, labels: Tensor, memory: Memory | None = None) -> Triplets:
         """Pick the hardest triplet of each anchor of embeddings (B, D) with int64 labels (B,), and a memory."""
         others, other_labels = references(embeddings, labels, memory)
+        if not len(others):
+            return Triplets(labels, labels, labels, labels.bool())
         distances = pairwise_fast(embeddings, others)  # (batch, references)
         positive, negative = masks(labels, other_labels)
         infinity = torch.finfo(distances.dtype).max

@@ -36,6 +36,8 @@ class HardClusterTriplets:
             B triplets; of the instances of a label the first has its triplet, the others are not valid.
         """
         others, other_labels = references(embeddings, labels, memory)
+        if not len(others):
+            return EmbeddingTriplets(embeddings, embeddings, embeddings, labels.bool())
         clusters = _numbered(other_labels)  # (references,)
         sizes = torch.zeros_like(clusters).scatter_add_(0, clusters, torch.ones_like(clusters))  # (clusters,)
         # Unlike index_add, index_put adds in a fixed order on a GPU too: every rank finds the same centres.

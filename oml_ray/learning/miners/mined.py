@@ -1,6 +1,7 @@
 """What a miner gives: triplets one by one, or the pairs whose every combination is a triplet, all or a few.
 
-None depends in its shape on the values of a batch, so that nothing waits for the device.
+None depends in its shape on the values of a batch, so that nothing waits for the device. Of a batch without embeddings
+(0, D) every miner gives no triplets and no pairs.
 """
 
 from __future__ import annotations

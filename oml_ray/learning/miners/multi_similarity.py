@@ -46,6 +46,8 @@ class MultiSimilarityPairs:
         others, other_labels = references(embeddings, labels, memory)
         distances = pairwise_fast(embeddings, others, "cosine")  # (batch, references)
         positive, negative = masks(labels, other_labels)
+        if not len(others):
+            return Masks(positive, negative)
         farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
         nearest_negative = distances.masked_fill(~negative, torch.inf).amin(dim=1, keepdim=True)
         # Both subtract alike, so that rounding never keeps positives of an anchor without any of its negatives.

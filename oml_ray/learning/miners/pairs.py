@@ -47,7 +47,7 @@ class PairsMiner:
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Pairs:
         """Pick pairs of embeddings (B, D) with int64 labels (B,)."""
-        if self.hard_mining:
+        if self.hard_mining and len(labels):
             return _hard(pairwise_fast(embeddings, embeddings), labels)
         first, second = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
         is_negative = labels[first] != labels[second]
