@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TextIO
 
 from oml_ray import __version__
 from oml_ray.distributed.imports import uncollected
+from oml_ray.distributed.runtime.driver_log import driver_log
 from oml_ray.errors import OmlRayError
 
+UNEXPECTED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+READER_GONE = 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,47 +29,48 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Run one verb.
+
+    Returns:
+        Exit status (docs/failure_policy.md): 0; 1 for an unexpected error; 2 for a user's; 130 when interrupted; 141
+        when the reader of stdout has gone, as a shell says of a program that SIGPIPE ends.
+    """
     parsed = _parser().parse_args(arguments)
-    try:
-        with native_messages_kept():
+    with driver_log() as log:
+        try:
             parsed.run(parsed)
-    except OmlRayError as error:
-        print(f"oml-ray: {error}", file=sys.stderr)
-        return USER_ERROR
-    except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM, by which jobs are stopped
-        print(
-            "oml-ray: interrupted; the same command continues an unfinished run, a sweep with --resume.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+            sys.stdout.flush()
+        except OmlRayError as error:
+            text = f"oml-ray: {error}"
+            if log.is_temporary and log.has_text():
+                text += f" (messages of libraries: {log.path})"
+            print(text, file=sys.stderr)
+            return USER_ERROR
+        except (KeyboardInterrupt, SystemExit):  # the latter is Ray's answer to SIGTERM, by which jobs are stopped
+            print(
+                "oml-ray: interrupted; the same command continues an unfinished run, a sweep with --resume.",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _is_reader_gone(sys.stdout):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of Python
+                return READER_GONE
+            log.write_error(error)
+            last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+            print(f"oml-ray: unexpected error: {last} (traceback: {log.path})", file=sys.stderr)
+            return UNEXPECTED
     return 0
 
 
-@contextmanager
-def native_messages_kept() -> Iterator[None]:
-    """Keep from the terminal what native libraries (Ray's core) write to stderr, unless oml_ray itself fails."""
-    original = sys.stderr
+def _is_reader_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe from which nobody reads any more."""
     try:
-        terminal = os.dup(original.fileno())
-    except (OSError, ValueError):  # stderr is no file here, as in a notebook: leave it alone
-        yield
-        return
-    number = original.fileno()
-    with tempfile.TemporaryFile() as kept, os.fdopen(terminal, "w", buffering=1) as sys.stderr:
-        original.flush()
-        os.dup2(kept.fileno(), number)
-        try:
-            yield
-        except (OmlRayError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            kept.seek(0)
-            sys.stderr.write(kept.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(terminal, number)
-            sys.stderr = original
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return bool(poll.poll(0))  # POLLERR, which is not asked for
+    except (OSError, ValueError):
+        return False
 
 
 def job(verb: str) -> NoReturn:

@@ -21,6 +21,7 @@ from oml_ray.config import (
 )
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
+from oml_ray.distributed.runtime import driver_log
 from oml_ray.errors import ConfigError, RunError
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.run_directory import RunDirectory
@@ -177,9 +178,11 @@ def open_run(config: Config) -> RunDirectory:
             )
         # The metrics first and the config last: killed in between, it is still a run, and not a finished one.
         results = [METRICS, REPORT, NEIGHBORS, PER_QUERY, QUERIES, EMBEDDINGS]
-        clear(run, [*results, *TRACKING, "checkpoints", "validations", "tensorboard", "history.jsonl", CONFIG])
+        clear(run, [*results, *TRACKING, "checkpoints", "validations", "tensorboard", "history.jsonl",
+                    driver_log.FOLDER, CONFIG])  # fmt: skip
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
+    driver_log.keep_in(run)
     return run
 
 

@@ -9,6 +9,7 @@ from oml_ray.config import SweepConfig, dump
 from oml_ray.data.filesystem import exists, join
 from oml_ray.distributed import runs, sweep_results
 from oml_ray.distributed.progress import say
+from oml_ray.distributed.runtime import driver_log
 from oml_ray.distributed.trials import FOLDER, RECORD, Record
 from oml_ray.distributed.tuning import RAY_RECORDS
 from oml_ray.errors import RunError
@@ -77,8 +78,9 @@ def open_sweep(config: SweepConfig, *, resume: bool) -> RunDirectory:
                 "another run.name, or remove the folder yourself."
             )
         results = (sweep_results.RESULTS, sweep_results.CSV, sweep_results.BEST, sweep_results.BEST_RUN, runs.REPORT)
-        runs.clear(run, [*results, FOLDER, RAY_RECORDS, RECORD, runs.CONFIG])
+        runs.clear(run, [*results, FOLDER, RAY_RECORDS, RECORD, driver_log.FOLDER, runs.CONFIG])
     run.write_text(dump(config), runs.CONFIG)
     if not is_there:
         run.write_text("", RECORD)
+    driver_log.keep_in(run)
     return run
