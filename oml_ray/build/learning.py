@@ -14,10 +14,12 @@ from oml_ray.config import TrainConfig, nodes, validate
 from oml_ray.data.filesystem import is_uri
 from oml_ray.data.table import Table
 from oml_ray.errors import CheckpointError, ConfigError
+from oml_ray.learning.compilation import check_compiler
 from oml_ray.learning.extractors import Extractor, Size, timm_extractor
 from oml_ray.learning.learner import Learner
 from oml_ray.learning.losses.pairs_bce import PairsBCELoss
 from oml_ray.learning.pair_learner import PairLearner
+from oml_ray.learning.sharded_head import ShardedHead
 from oml_ray.learning.siamese import ConcatSiamese, LinearSiamese, PairModel
 from oml_ray.learning.weights import State, read_weights
 from oml_ray.learning.zoo import zoo_extractor
@@ -167,12 +169,27 @@ def learner(
     if training.channels_last:
         built.use_channels_last()
     if training.compile:
-        built.backbone.compile()
+        check_compiler("cuda" if config.scaling.use_gpu else "cpu")
+        built.compile()
     options: dict[str, Any] = {"autocast": AUTOCAST.get(training.precision), "micro_batch": training.micro_batch}
     if isinstance(built, PairModel):
         assert isinstance(config.criterion, nodes.PairsBCE)
         return PairLearner(built, PairsBCELoss(**arguments(config.criterion)), **options)
-    return Learner(built, criterion(config, table, built.embedding_dim, rank, world_size), **options)
+    built_learner = Learner(built, criterion(config, table, built.embedding_dim, rank, world_size), **options)
+    if training.freeze_epochs:
+        _check_learns_frozen(built_learner)
+    return built_learner
+
+
+def _check_learns_frozen(learner: Learner) -> None:
+    """Refuse training.freeze_epochs where only the backbone learns."""
+    backbone = {id(parameter) for parameter in learner.extractor.backbone.parameters()}
+    has_head = any(isinstance(part, ShardedHead) for part in learner.modules())
+    if not has_head and not any(p.requires_grad and id(p) not in backbone for p in learner.parameters()):
+        raise ConfigError(
+            "training.freeze_epochs freezes the backbone, and nothing else has parameters: "
+            "set extractor.embedding_dim, or training.freeze_epochs: 0."
+        )
 
 
 def optimizer(config: TrainConfig, learner: Learner | PairLearner) -> torch.optim.Optimizer:

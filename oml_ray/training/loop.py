@@ -218,7 +218,9 @@ class Loop:
         """(Re)build DDP for the present epoch: it counts the learning parameters once, when it is built."""
         self._frozen = self.position.epoch < self.settings.freeze_epochs
         self.learner.extractor.freeze_backbone(self._frozen)
-        if self.context.world_size > 1:
+        self._wrapped = self.learner
+        # DDP refuses a module without gradients, such as a frozen backbone with a sharded head, which averages nothing.
+        if self.context.world_size > 1 and self.updates.has_gradients:
             devices = [self.context.device] if self.context.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(self.learner, device_ids=devices, gradient_as_bucket_view=True)
 

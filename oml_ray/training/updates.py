@@ -58,6 +58,11 @@ class Updates:
         evaluated: Extractor | PairModel = self.learner.extractor if self.average is None else self.average.averaged  # type: ignore[assignment]
         return evaluated
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any parameter of the optimizer learns now; a sharded head, which moves itself, aside."""
+        return any(parameter.requires_grad for parameter in self.learner.parameters())
+
     def begin(self, step: int) -> None:
         """Prepare for the forward pass of a step, counted from the start of the training."""
         for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
@@ -76,11 +81,16 @@ class Updates:
             Scalars worth logging.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        if not self.has_gradients:
+            return self._apply_to_head(loss, step)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scale = self.scaler.get_scale()
         if self.head is not None and scale != 1:
             self.head.scale_gradient_(1 / scale)
-        logs = {} if self.clip_grad_norm is None else {"grad_norm": self._clip(self.clip_grad_norm)}
+        logs = {}
+        if self.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            logs["grad_norm"] = self._clip(self.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # The scale falls when a gradient overflowed: then nothing has moved, and nothing else must.
@@ -91,8 +101,17 @@ class Updates:
             self.average.update()
         return logs
 
+    def _apply_to_head(self, loss: Tensor, step: int) -> dict[str, Tensor]:
+        """Move a sharded head alone, without GradScaler: it refuses to step where no parameter has a gradient."""
+        assert self.head is not None
+        loss.backward()  # type: ignore[no-untyped-call]
+        logs = {} if self.clip_grad_norm is None else {"grad_norm": self._clip(self.clip_grad_norm)}
+        self.head.step(self.factor(step))
+        if self.average is not None:
+            self.average.update()
+        return logs
+
     def _clip(self, largest: float) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
         parameters = list(self.learner.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.head is not None:

@@ -175,6 +175,11 @@ def test_image_needs_a_token() -> None:
     assert "HOME=/home/ray" in settings  # Ray's launcher asks the image for it
 
 
+def test_image_has_the_compiler_of_torch_compile() -> None:
+    (packages,) = [rest for word, rest in stages(DOCKERFILE)["runtime"] if word == "RUN" and "apt-get install" in rest]
+    assert "g++" in packages.split()
+
+
 def test_image_gets_the_projects_dependencies() -> None:
     (step,) = [rest for word, rest in stages(DOCKERFILE)["build"] if word == "RUN" and "tomllib" in rest]
     command = step.partition(" > requirements.txt")[0].replace("python", shlex.quote(sys.executable), 1)

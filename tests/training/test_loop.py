@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 import torch
 from helpers import train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounter
 
 from oml_ray import build
 from oml_ray.config import TrainConfig, validate
-from oml_ray.errors import RunError
+from oml_ray.errors import ConfigError, ResourceError, RunError
+from oml_ray.learning.extractors import Extractor
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.context import LocalContext
 from oml_ray.training.loop import Loop
@@ -132,3 +137,75 @@ def test_a_changed_table_is_refused(small_table: Path, tmp_path: Path) -> None:
     (tmp_path / "df.csv").write_text(text.replace("0,images/0_0.png,train", "1,images/0_0.png,train"))
     with pytest.raises(RunError, match=r"The table of .* has changed since its last checkpoint"):
         loop(tmp_path / "df.csv", tmp_path, data={"root": str(small_table.parent)}, training={"epochs": 1})
+
+
+SHARDED: dict[str, Any] = {
+    "extractor": {"embedding_dim": None},
+    "criterion": {"name": "arcface", "head": {"sharded": True}},
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip_grad_norm"), [("fp32", None), ("bf16", None), ("fp16", None), ("fp16", 1.0)]
+)
+def test_a_sharded_head_learns_alone_while_the_backbone_is_frozen(
+    small_table: Path, tmp_path: Path, precision: str, clip_grad_norm: float | None
+) -> None:
+    # At first GradScaler skips steps: it halves the scale until no gradient overflows.
+    training = {"epochs": 4, "freeze_epochs": 1, "precision": precision, "clip_grad_norm": clip_grad_norm}
+    trained = loop(small_table, tmp_path, training=training, **SHARDED)
+    states: list[dict[str, torch.Tensor]] = []
+
+    def keep_state(extractor: Extractor, context: LocalContext) -> dict[str, float]:
+        states.append({"head": trained.updates.head.weight.clone(), **copy.deepcopy(extractor.state_dict())})
+        return {"cmc.1": 0.5}
+
+    trained.validate = keep_state
+    trained.train()
+    at_start, frozen, *_, unfrozen = states
+    assert [name for name in at_start if not torch.equal(at_start[name], frozen[name])] == ["head"]
+    moved = [name for name in at_start if not torch.equal(frozen[name], unfrozen[name])]
+    assert "head" in moved
+    assert len(moved) > 1
+
+
+def test_freezing_all_that_learns_is_refused(small_table: Path, tmp_path: Path) -> None:
+    """A loss of pytorch-metric-learning without parameters: only the built criterion tells."""
+    with pytest.raises(ConfigError, match=r"training.freeze_epochs freezes the backbone, and nothing else has param"):
+        loop(
+            small_table,
+            tmp_path,
+            extractor={"embedding_dim": None},
+            criterion={"name": "pytorch_metric_learning", "loss": "NTXentLoss"},
+            training={"freeze_epochs": 1},
+        )
+
+
+@pytest.mark.parametrize("pooling", ["default", "gem"])
+def test_compile_compiles_the_whole_extractor(
+    small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str
+) -> None:
+    """One graph holds all that an extractor computes, from its pixels to unit vectors, whatever pools."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    training = {"epochs": 1, "precision": "fp32"}
+    extractor = {"model": "test_resnet", "embedding_dim": None, "pooling": pooling}
+    plain = loop(small_table, tmp_path / "plain", training=training, extractor=extractor)
+    built = loop(small_table, tmp_path / "compiled", training={**training, "compile": True}, extractor=extractor)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    embeddings = built.learner.extractor(images)
+    torch.testing.assert_close(embeddings, plain.learner.extractor(images))
+    assert counter.frame_count == 1
+    convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in built.learner.extractor.modules())
+    assert counter.op_count > convolutions
+
+
+def test_compile_without_a_compiler_is_refused(
+    small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ResourceError, match=r"training.compile: true needs a C\+\+ compiler, but .* has no g\+\+"):
+        loop(small_table, tmp_path, training={"compile": True})
+    monkeypatch.setenv("CXX", sys.executable)  # any program: torch asks it for its version
+    loop(small_table, tmp_path, training={"compile": True})

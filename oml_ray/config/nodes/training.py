@@ -79,7 +79,8 @@ class Training(Node):
     channels_last: bool = False
     """Lay images and weights out with their channels last."""
     compile: bool = False
-    """Compile the backbone by torch.compile."""
+    """Compile the extractor by torch.compile, which needs a C++ compiler (g++, or what the variable CXX names) on the
+    nodes of the workers, and a C compiler (gcc, or CC) for GPUs."""
     log_every: Positive = 10
     """Steps between two entries of the TensorBoard events and of the progress line."""
 
