@@ -14,6 +14,7 @@ from oml_ray import __version__
 from oml_ray.distributed.imports import uncollected
 from oml_ray.distributed.runtime.driver_log import driver_log
 from oml_ray.errors import OmlRayError
+from oml_ray.redaction import redact
 
 UNEXPECTED = 1
 USER_ERROR = 2
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, redact(f"{self.prog}: {message} (see {self.prog} --help)\n"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,7 +246,7 @@ def _check(parsed: argparse.Namespace) -> None:
     from oml_ray import build
     from oml_ray.data.audit import audit
 
-    print(audit(build.table(config.data, config.run.storage)))
+    print(redact(audit(build.table(config.data, config.run.storage))))
 
 
 def _figures(parsed: argparse.Namespace) -> None:
@@ -277,11 +278,11 @@ def _zoo(parsed: argparse.Namespace) -> None:
 def _export_model(parsed: argparse.Namespace) -> None:
     from oml_ray.build import export
 
-    print(export.model(parsed.form, parsed.source, parsed.out, force=parsed.force))
+    print(redact(export.model(parsed.form, parsed.source, parsed.out, force=parsed.force)))
 
 
 def _export_index(parsed: argparse.Namespace) -> None:
     from oml_ray.build import export
 
     backend = {"backend": "hnswlib"} if parsed.hnswlib else {"backend": "faiss", "factory": parsed.factory}
-    print(export.index(parsed.source, parsed.out, backend, parsed.overrides, force=parsed.force))
+    print(redact(export.index(parsed.source, parsed.out, backend, parsed.overrides, force=parsed.force)))

@@ -17,14 +17,20 @@
     └── RunError              a run that cannot start or continue under its name
 
 Every message names the file, key or row, what was found, what is allowed and what to do. Anything that is not an
-`OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace (docs/failure_policy.md).
+`OmlRayError` is a defect of oml_ray or of the machine, and keeps its stack trace (docs/failure_policy.md). Credentials
+inside URIs are hidden in every message (`redaction`).
 """
 
 import re
 
+from oml_ray.redaction import redact
+
 
 class OmlRayError(Exception):
     """The root of all errors that a user can cause and mend."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in arguments))
 
 
 class ConfigError(OmlRayError):
@@ -84,4 +90,5 @@ def reason_of(error: BaseException, limit: int = 300) -> str:
     """
     lines = str(error).strip().splitlines()
     # The address of an object tells nobody anything, and differs each time.
-    return re.sub(r" at 0x[0-9a-f]+", "", lines[0])[:limit] if lines else type(error).__name__
+    # Credentials are hidden before the line is cut: half of a URI is not recognised.
+    return redact(re.sub(r" at 0x[0-9a-f]+", "", lines[0]))[:limit] if lines else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oml_ray.config import TrainConfig, nodes
+from oml_ray.config import TrainConfig, nodes, stored
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.tracking import Tracker
 from oml_ray.training.tracking.mlflow_tracker import MlflowTracker
@@ -40,7 +40,7 @@ def trackers(config: TrainConfig, run: RunDirectory) -> list[Tracker]:
 
 
 def _tracker(node: nodes.Mlflow | nodes.Wandb, config: TrainConfig, run: RunDirectory) -> Tracker:
-    document, title = config.model_dump(mode="json"), node.title or run.name
+    document, title = stored(config), node.title or run.name
     if isinstance(node, nodes.Mlflow):
         return MlflowTracker(run, document, title, node.uri, node.experiment)
     return WandbTracker(run, document, title, node.project, node.entity)

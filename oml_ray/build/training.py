@@ -9,7 +9,7 @@ from typing import Any
 from oml_ray import __version__
 from oml_ray.build.learning import learner, optimizer
 from oml_ray.build.tracking import trackers
-from oml_ray.config import TrainConfig, nodes
+from oml_ray.config import TrainConfig, nodes, stored
 from oml_ray.data.plan import Plan
 from oml_ray.data.table import Table
 from oml_ray.errors import ConfigError
@@ -115,5 +115,5 @@ def versions() -> dict[str, str]:
 
 def checkpoint_meta(config: TrainConfig, table: Table, mined: Mined | None = None) -> dict[str, Any]:
     """Plain data that every checkpoint of a run carries."""
-    meta = {"config": config.model_dump(mode="json"), "table": table.fingerprint, "versions": versions()}
+    meta = {"config": stored(config), "table": table.fingerprint, "versions": versions()}
     return meta if mined is None else {**meta, "store": mined.made_by}

@@ -1,6 +1,6 @@
 """The config floor: one schema, and loading by path with dotted overrides."""
 
-from oml_ray.config.load import apply_overrides, differing_keys, dump, load, read_yaml, validate
+from oml_ray.config.load import apply_overrides, differing_keys, dump, load, read_yaml, stored, validate
 from oml_ray.config.plain_yaml import parse_yaml
 from oml_ray.config.schema import EmbedConfig, EvaluateConfig, SearchConfig, TrainConfig
 from oml_ray.config.sweep import SweepConfig, load_sweep
@@ -18,5 +18,6 @@ __all__ = [
     "load_sweep",
     "parse_yaml",
     "read_yaml",
+    "stored",
     "validate",
 ]

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from oml_ray.config.nodes import Node
 from oml_ray.config.plain_yaml import MAX_DEPTH, parse_yaml, write_yaml
 from oml_ray.errors import ConfigError
+from oml_ray.redaction import redact, redacted
 
 T = TypeVar("T", bound=Node)
 
@@ -84,8 +85,14 @@ def validate(schema: type[T], tree: Mapping[str, Any], name: str) -> T:
 
 
 def dump(config: Node) -> str:
-    """Return the resolved config, every default spelled out, as YAML."""
-    return write_yaml(config.model_dump(mode="json"))
+    """Return the resolved config as YAML: every default spelled out, credentials inside URIs hidden."""
+    return write_yaml(stored(config))
+
+
+def stored(config: Node) -> dict[str, Any]:
+    """Return the resolved config as plain data to be stored or shown: credentials inside URIs are hidden."""
+    plain: dict[str, Any] = redacted(config.model_dump(mode="json"))
+    return plain
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -131,14 +138,14 @@ def _describe(detail: ErrorDetails, schema: type[Node], tree: Mapping[str, Any])
 
 def _line(text: object) -> str:
     """A text as a part of one line."""
-    line = " ".join(str(text).split())
+    line = redact(" ".join(str(text).split()))
     return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def _shown(found: object) -> str:
     """A value as a part of one line."""
     try:
-        text = repr(found)
+        text = redact(repr(found))
     except RecursionError:
         text = f"{type(found).__name__} of very many levels"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from oml_ray.errors import StorageError, reason_of
+from oml_ray.redaction import HIDDEN, is_redacted
 
 KNOWN_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
@@ -46,6 +47,12 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     text = os.fspath(uri)
     if not is_uri(text):
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    if is_redacted(text):
+        raise StorageError(
+            f"cannot use {text!r}: its credentials were hidden when it was stored: write them again in place of "
+            f"{HIDDEN!r}, or leave them out and set them in the environment (such as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)"
+        )
     parts = _split(text)
     options = f"?{parts.query}" if parts.query else ""
     try:

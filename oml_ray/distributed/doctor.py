@@ -24,6 +24,7 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import doctor_findings
 from oml_ray.distributed.progress import counting, say
 from oml_ray.errors import ConfigError, EmbeddingError, StorageError
+from oml_ray.redaction import redact
 from oml_ray.retrieval.report.doctor_page import DoctorPage, render_doctor
 from oml_ray.retrieval.rows import Rows
 from oml_ray.retrieval.store import Store
@@ -79,7 +80,7 @@ def check(config: TrainConfig | EmbedConfig, *, images: bool, store: str | None,
         embedded = _embedded(opened, table)
         say(_told(embedded))
     if target is not None:
-        write_atomically(target, render_doctor(_page(config, reader, diagnosis, embedded)).encode())
+        write_atomically(target, redact(render_doctor(_page(config, reader, diagnosis, embedded))).encode())
         say(f"page: {target}")
 
 

@@ -13,6 +13,8 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oml_ray.redaction import redact
+
 POLL_S = 0.5
 
 
@@ -152,5 +154,5 @@ def counting(description: str, total: int, unit: str) -> Iterator[Any]:
 
 
 def say(text: str) -> None:
-    """Print a line for people."""
-    print(text, file=sys.stdout, flush=True)
+    """Print a line for people; credentials inside URIs are hidden."""
+    print(redact(text), file=sys.stdout, flush=True)

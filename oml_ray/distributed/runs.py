@@ -18,11 +18,13 @@ from oml_ray.config import (
     dump,
     nodes,
     parse_yaml,
+    stored,
 )
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.runtime import driver_log
 from oml_ray.errors import ConfigError, RunError
+from oml_ray.redaction import redacted
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.tracking import mlflow_tracker, tracker, wandb_tracker
@@ -134,7 +136,8 @@ def check_name(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> bool:
             text = stream.read().decode()
     except OSError:
         return False
-    old, new = parse_yaml(text, f"{uri}/{CONFIG}"), config.model_dump(mode="json")
+    # Both without credentials, which no run keeps: other ones do not make it another run.
+    old, new = redacted(parse_yaml(text, f"{uri}/{CONFIG}")), stored(config)
     differing = [
         key for key in differing_keys(old, new) if not any(f"{key}.".startswith(f"{other}.") for other in may_differ)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from oml_ray import build
-from oml_ray.config import SweepConfig, TrainConfig
+from oml_ray.config import SweepConfig
 from oml_ray.config.space import Choice, Grid, Values, shown
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, sweep_results, sweep_runs, trainer
@@ -17,7 +17,8 @@ from oml_ray.distributed.progress import say
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.session import is_given, session
 from oml_ray.distributed.sweep_table import showing
-from oml_ray.distributed.trials import Record, Trial
+from oml_ray.distributed.trial import training_of
+from oml_ray.distributed.trials import Record
 from oml_ray.distributed.tuning import RAY_RECORDS, run_trials
 from oml_ray.errors import ConfigError, RunError, StorageError
 from oml_ray.training.run_directory import RunDirectory
@@ -102,7 +103,9 @@ def _end_tracking(config: SweepConfig, record: Record) -> None:
     """Have the trackers know how the trials ended: those that were stopped had no time for it themselves."""
     how: dict[str, Ending] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
     for trial in record.trials if config.training.tracking else ():
-        for tracker in build.trackers(_training_of(config, record, trial), record.run_of(trial)):
+        for tracker in build.trackers(
+            training_of(config, trial.name, trial.values, record.storage), record.run_of(trial)
+        ):
             tracker.end(how[trial.state])
 
 
@@ -111,13 +114,8 @@ def _track_best(config: SweepConfig, run: RunDirectory, record: Record, best: sw
     assert best.checkpoint is not None
     evaluated = RunDirectory(run.uri, sweep_results.BEST_RUN)
     metrics = json.loads(evaluated.read_text(runs.METRICS) or "{}")
-    training = _training_of(config, record, best.trial)
+    training = training_of(config, best.trial.name, best.trial.values, record.storage)
     trainer.track(training, record.run_of(best.trial), best.checkpoint, metrics, evaluated)
-
-
-def _training_of(config: SweepConfig, record: Record, trial: Trial) -> TrainConfig:
-    training = config.trial(trial.values, trial.name, record.storage)
-    return build.titled(runs.resolved(training), f"{config.run.name}/{trial.name}")
 
 
 def _representatives(config: SweepConfig) -> list[Values]:

@@ -11,7 +11,8 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from oml_ray import build
-from oml_ray.config import TrainConfig, validate
+from oml_ray.config import SweepConfig, TrainConfig
+from oml_ray.config.space import Values
 from oml_ray.distributed import runs, trainer
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.session import quiet
@@ -47,14 +48,25 @@ class Reports(TuneReportCallback):
         time.sleep(SETTLED_S)
 
 
-def run_trial(given: dict[str, Any]) -> None:
+def training_of(sweep: SweepConfig, name: str, values: Values, storage: str) -> TrainConfig:
+    """Return the resolved training config of a trial.
+
+    Raises:
+        ConfigError: the values do not fit into the base, or not together.
+    """
+    return build.titled(runs.resolved(sweep.trial(values, name, storage)), f"{sweep.run.name}/{name}")
+
+
+def run_trial(given: dict[str, Any], sweep: SweepConfig, storage: str) -> None:
     """Run (or continue) the trial that Tune was given; what goes wrong in it is its result, and no error of Tune.
 
     Args:
-        given: `config`, the resolved training config as JSON.
+        given: `trial`, its name, and `values`, one for each entry of the space, as JSON.
+        sweep: the resolved config of the sweep.
+        storage: folder or URI of all trials' runs.
     """
     quiet()
-    config = validate(TrainConfig, json.loads(given["config"]), "config")
+    config = training_of(sweep, given["trial"], json.loads(given["values"]), storage)
     reports = Reports(config.checkpoint.metric)
     ending = {ENDED: "finished"}
     try:

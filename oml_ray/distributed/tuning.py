@@ -12,11 +12,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from oml_ray import build
 from oml_ray.config import SweepConfig
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import optuna_search, runs
-from oml_ray.distributed.trial import ENDED, EPOCHS, REASON, VALUE, run_trial
+from oml_ray.distributed.trial import ENDED, EPOCHS, REASON, VALUE, run_trial, training_of
 from oml_ray.distributed.trials import Record, Trial
 from oml_ray.errors import ConfigError
 from oml_ray.training.run_directory import RunDirectory
@@ -51,7 +50,10 @@ def run_trials(config: SweepConfig, record: Record, run: RunDirectory, max_concu
     os.environ.update(SETTINGS)
     on_path = run.local.as_posix() == run.uri
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        # The config reaches the trials in memory: what Tune is given as a trial's own config, it writes to files.
+        tune.with_resources(
+            tune.with_parameters(run_trial, sweep=config, storage=record.storage), {"CPU": DRIVER_CPUS}
+        ),
         tune_config=tune.TuneConfig(
             search_alg=Draws(config, record, told),
             scheduler=scheduler(config, record),
@@ -82,16 +84,15 @@ class Draws(Searcher):
         self._left = record.unfinished()
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial: its name, and its config as JSON, which Tune passes on as it is."""
+        """The next trial: its name, and its values as JSON, which Tune passes on as they are."""
         while (trial := self._next()) is not None:
             try:
-                config = runs.resolved(self._config.trial(trial.values, trial.name, self._record.storage))
-                config = build.titled(config, f"{self._config.run.name}/{trial.name}")
+                training_of(self._config, trial.name, trial.values, self._record.storage)
             except ConfigError as error:  # inside a range, where only draws themselves can be checked
                 self._record.set(trial, "failed", str(error))
                 self._told(trial)
                 continue
-            return {"trial": trial.name, "config": json.dumps(config.model_dump(mode="json"))}
+            return {"trial": trial.name, "values": json.dumps(trial.values)}
         return Searcher.FINISHED
 
     def _next(self) -> Trial | None:

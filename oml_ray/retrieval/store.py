@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from oml_ray.errors import EmbeddingError, StorageError, reason_of
+from oml_ray.redaction import redact
 from oml_ray.retrieval.whole_file import whole_file
 
 MANIFEST = "manifest.json"
@@ -96,7 +97,9 @@ class Store:
             self._write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
         elif found != manifest:
             old, new = asdict(found), asdict(manifest)
-            differing = [f"{key} ({old[key]!s:.200} there, {new[key]} now)" for key in old if old[key] != new[key]]
+            differing = [
+                f"{key} ({redact(str(old[key]))[:200]} there, {new[key]} now)" for key in old if old[key] != new[key]
+            ]
             raise EmbeddingError(
                 f"The store {self.path} was made by something else: {'; '.join(differing)}. "
                 "Choose another run.name, or replace it with run.resume: never."

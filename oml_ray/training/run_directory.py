@@ -20,6 +20,7 @@ import pyarrow.fs
 
 from oml_ray.data.filesystem import is_uri, join, resolve
 from oml_ray.errors import StorageError, reason_of
+from oml_ray.redaction import redact
 
 
 class RunDirectory:
@@ -97,8 +98,8 @@ class RunDirectory:
         return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
 
     def write_text(self, text: str, *parts: str) -> None:
-        """Write a small file atomically and publish it."""
-        write_atomically(self.path(*parts), text.encode())
+        """Write a small file atomically and publish it; credentials inside URIs are hidden."""
+        write_atomically(self.path(*parts), redact(text).encode())
         self.publish(*parts)
 
     def read_text(self, *parts: str) -> str | None:

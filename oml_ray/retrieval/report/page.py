@@ -17,6 +17,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from oml_ray.errors import ImageError, StorageError
+from oml_ray.redaction import redact
 from oml_ray.retrieval.approximation import ComparedSetting
 from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import plots
@@ -50,13 +51,13 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
 
     Args:
         path: the HTML file; missing folders are made.
-        report: what to show.
+        report: what to show; credentials inside URIs are hidden.
 
     Raises:
         ImageError: a picture is neither JPEG nor PNG.
         StorageError: the file cannot be written.
     """
-    page = render(report)
+    page = redact(render(report))
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from oml_ray.errors import ConfigError, reason_of
+from oml_ray.redaction import redact
 from oml_ray.training.run_directory import RunDirectory
-from oml_ray.training.tracking.tracker import Ending, asking, flat, identity, shown
+from oml_ray.training.tracking.tracker import Ending, asking, flat, identity
 
 UNSENT = "mlflow_unsent.json"
 TAG = "oml_ray.id"
@@ -78,7 +79,7 @@ class MlflowTracker:
             ConfigError, StorageError: they cannot.
         """
         uri = _checked(uri)
-        with asking(f"MLflow at {shown(uri)}"):
+        with asking(f"MLflow at {uri}"):
             _client(uri).search_experiments(max_results=1)
 
     def points(self, values: Mapping[str, float], step: int, *, again: bool = False) -> None:
@@ -111,7 +112,7 @@ class MlflowTracker:
         self.points(metrics, 0)
         self._pool.shutdown(wait=True)
         self._landed(0.0)
-        with asking(f"MLflow at {shown(self._uri)}"):
+        with asking(f"MLflow at {self._uri}"):
             self._log(self._points)
             self._points.clear()
             self._keep()
@@ -175,7 +176,7 @@ class MlflowTracker:
             client = _client(self._uri)
             experiment = self._experiment_in(client)
             found = client.search_runs([experiment], f"tags.`{TAG}` = '{self._id}'", max_results=1)
-            tags = {TAG: self._id, "oml_ray.run": self._run.uri}
+            tags = {TAG: self._id, "oml_ray.run": redact(self._run.uri)}
             run = found[0] if found else client.create_run(experiment, run_name=self._title, tags=tags)
             client.update_run(run.info.run_id, status="RUNNING")
             params = [
@@ -226,7 +227,7 @@ def _checked(uri: str | None) -> str:
         )
     if not re.match(r"https?://[^ ]+$|databricks|sqlite:////", uri):
         raise ConfigError(
-            f"tracking: mlflow at {shown(uri)}: should be the URI of a server (http://host:5000, databricks) or of a "
+            f"tracking: mlflow at {uri}: should be the URI of a server (http://host:5000, databricks) or of a "
             "SQLite file by its absolute path (sqlite:////home/me/mlflow.db, with four slashes): processes run in "
             "several folders."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,19 +79,9 @@ def asking(place: str, hint: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # of the library, of requests, of SQLAlchemy, of an artifact store
         raise StorageError(
-            f"tracking: {place} does not take the records of the run: {shown(reason_of(error))}. Mend that{hint}, or "
+            f"tracking: {place} does not take the records of the run: {reason_of(error)}. Mend that{hint}, or "
             "go on without it (tracking: []); the same command continues the run."
         ) from None
-
-
-def shown(text: str) -> str:
-    """Without the user and the password that a URI in it may hold.
-
-    Example:
-        >>> shown("no route to http://me:secret@host/api")
-        'no route to http://host/api'
-    """
-    return re.sub(r"(://)[^/@\s]*@", r"\1", text)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
