@@ -95,25 +95,30 @@ def loaders(config: TrainConfig, table: Table, mined: Mined | None = None) -> tu
     """Build what loads planned batches, and what loads rows to be judged."""
     if isinstance(config.model, nodes.LinearSiamese):
         assert mined is not None
-        reader = ImageReader(table, max_pixels=config.data.max_pixels)
+        reader = image_reader(config.data, table)
         loader = EmbeddingLoader(reader, mined.embeddings, mined.embedded)
         return loader, loader
     return training_loader(config, table), evaluation_loader(config.data, table, config.transforms.eval)
 
 
+def image_reader(data: nodes.Data, table: Table) -> ImageReader:
+    """Build what reads a table's rows as images, by the rules of the config's data section."""
+    return ImageReader(table, max_pixels=data.max_pixels, exif=data.exif, background=data.background)
+
+
 def training_loader(config: TrainConfig, table: Table) -> TrainingLoader:
     """Build what loads planned batches of images."""
-    reader = ImageReader(table, max_pixels=config.data.max_pixels)
     return TrainingLoader(
-        reader, transform(config.transforms.train), seed=config.seed, on_bad_image=config.data.on_bad_image
+        image_reader(config.data, table),
+        transform(config.transforms.train),
+        seed=config.seed,
+        on_bad_image=config.data.on_bad_image,
     )
 
 
 def evaluation_loader(data: nodes.Data, table: Table, node: nodes.EvalTransform) -> EvaluationLoader:
     """Build what loads rows to embed."""
-    return EvaluationLoader(
-        ImageReader(table, max_pixels=data.max_pixels), transform(node), on_bad_image=data.on_bad_image
-    )
+    return EvaluationLoader(image_reader(data, table), transform(node), on_bad_image=data.on_bad_image)
 
 
 def local_stream(config: TrainConfig, table: Table, mined: Mined | None = None) -> LocalStream:

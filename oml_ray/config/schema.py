@@ -233,6 +233,10 @@ class QueryImages(Node):
     """A query that cannot be read ends the job, or is left out and listed."""
     max_pixels: nodes.Positive = nodes.Data.model_fields["max_pixels"].default
     """Images announcing more pixels are refused before they are decoded."""
+    exif: nodes.Exif = nodes.Data.model_fields["exif"].default
+    """EXIF orientation of queries and of the page's pictures: apply turns them upright; ignore: as stored."""
+    background: nodes.Color = nodes.Data.model_fields["background"].default
+    """Colour [red, green, blue], 0 to 255, that transparent pixels are composited over."""
 
 
 class SearchConfig(Node):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,23 +10,17 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from oml_ray.data.filesystem import read_bytes
+from oml_ray.data.image_decoding import crop, decode_whole
+from oml_ray.data.image_modes import Exif, StoredAs
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.data.transforms import Pixels, Transform
-from oml_ray.errors import ImageError, StorageError, reason_of
-
-Image.MAX_IMAGE_PIXELS = None  # `decode` has a bound of its own, which the user sets
-
-# Those that data sets have. Pillow knows forty more, one of which (EPS) is a program that Ghostscript would run.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+from oml_ray.errors import ImageError, StorageError
 
 OnBadImage = Literal["error", "skip"]
-
-_TILE_SIDES = (322, 323)  # tags of a TIFF: width and length of the tiles that it is decoded by, whatever its own size
-_MOST_SCANS = 200  # passes over all pixels that a JPEG of a few bytes each can ask for; ten are usual
 
 
 @dataclass(frozen=True)
@@ -47,58 +40,14 @@ class Batch:
     reasons: Sequence[str]
 
 
-def decode(data: bytes, name: str, box: tuple[int, int, int, int] | None, max_pixels: int) -> Image.Image:
-    """Decode one image to RGB, bounded before decoding and cut to its box.
-
-    Args:
-        data: the file's bytes.
-        name: how messages call the image.
-        box: (left, top, right, bottom) in pixels, or None.
-        max_pixels: largest allowed width * height.
-
-    Raises:
-        ImageError: not an image, damaged, too large, or the box leaves the image.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if image.format == "TIFF":
-            tile = [image.tag_v2.get(side, 1) for side in _TILE_SIDES]  # type: ignore[attr-defined]
-            width, height = max(width, tile[0]), max(height, tile[1])
-        if width * height > max_pixels:
-            raise ImageError(
-                f"{name}: {width} x {height} pixels are more than data.max_pixels "
-                f"({max_pixels}) allows: shrink the image, or raise data.max_pixels if you trust it."
-            )
-        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MOST_SCANS:
-            raise ImageError(f"{name}: a JPEG of more than {_MOST_SCANS} scans, which take very long: save it again.")
-        if box and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-            raise ImageError(f"{name}: the box (x_1, y_1, x_2, y_2) = {box} is empty: correct it in the table.")
-        if box and (box[2] > image.width or box[3] > image.height):
-            raise ImageError(
-                f"{name}: the box (x_1, y_1, x_2, y_2) = {box} leaves the image, which is {image.width} x "
-                f"{image.height} pixels: correct the box in the table."
-            )
-        image.load()
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on damaged files
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"none of {', '.join(FORMATS)}" if is_unknown else f"{type(error).__name__}: {reason_of(error)}"
-        raise ImageError(
-            f"{name}: not a readable image ({reason}): replace the file, remove the row, or set data.on_bad_image: "
-            "skip."
-        ) from None
-    return rgb.crop(box) if box else rgb
-
-
 class ImageReader:
     """Reads rows of a table as images; cheap to send between processes."""
 
-    def __init__(self, table: Table, *, max_pixels: int) -> None:
-        """Read images of `table` that have at most `max_pixels` pixels."""
-        self.table, self.max_pixels = table, max_pixels
+    def __init__(
+        self, table: Table, *, max_pixels: int, exif: Exif = "apply", background: Sequence[int] = (255, 255, 255)
+    ) -> None:
+        """Read images of `table` that have at most `max_pixels` pixels; `exif` and `background` as in `decode`."""
+        self.table, self.max_pixels, self.exif, self.background = table, max_pixels, exif, tuple(background)
 
     def read(self, row: int) -> Image.Image:
         """Return the RGB image of one row, cut to its box.
@@ -106,7 +55,7 @@ class ImageReader:
         Raises:
             ImageError: the file is absent or cannot be used.
         """
-        return self.decoded(row, self.data(row))
+        return self.crop(row, self.whole(row, self.data(row))[0])
 
     def data(self, row: int) -> bytes:
         """Return the file of one row's image.
@@ -119,15 +68,23 @@ class ImageReader:
         except StorageError as error:
             raise ImageError(f"{self._name(row)}: {error}") from None
 
-    def decoded(self, row: int, data: bytes) -> Image.Image:
-        """Return the RGB image of one row, cut to its box, out of its file.
+    def whole(self, row: int, data: bytes) -> tuple[Image.Image, StoredAs]:
+        """Return the whole RGB image out of one row's file, and how the file stores it.
 
         Raises:
             ImageError: the file cannot be used.
         """
+        return decode_whole(data, self._name(row), self.max_pixels, exif=self.exif, background=self.background)
+
+    def crop(self, row: int, image: Image.Image) -> Image.Image:
+        """Return what one row's box cuts out of its whole image.
+
+        Raises:
+            ImageError: the box leaves the image.
+        """
         boxes = self.table.boxes
-        box = None if boxes is None or boxes[row, 0] < 0 else tuple(int(side) for side in boxes[row])
-        return decode(data, self._name(row), box, self.max_pixels)  # type: ignore[arg-type]
+        box = None if boxes is None or boxes[row, 0] < 0 else tuple(boxes[row].tolist())
+        return crop(image, self._name(row), box)
 
     def _name(self, row: int) -> str:
         return f"{self.table.source}, row {row}, image {self.table.uri(row)}"

@@ -15,7 +15,7 @@ from oml_ray import build
 from oml_ray.config import EmbedConfig, TrainConfig, dump
 from oml_ray.data.audit import audit
 from oml_ray.data.columns import Mask
-from oml_ray.data.doctor import Diagnosis, diagnose, examine, label_overlap, told
+from oml_ray.data.doctor import Diagnosis, decoding_notes, diagnose, examine, label_overlap, told
 from oml_ray.data.doctor.diagnosis import named
 from oml_ray.data.doctor.measures import QUANTILES
 from oml_ray.data.filesystem import is_uri
@@ -69,7 +69,7 @@ def check(config: TrainConfig | EmbedConfig, *, images: bool, store: str | None,
     target = None if page is None else _target(page)
     table = build.table(config.data, config.run.storage)
     opened = None if store is None else _opened(store, table)
-    reader = ImageReader(table, max_pixels=config.data.max_pixels)
+    reader = build.image_reader(config.data, table)
     say(audit(table))
     diagnosis = embedded = None
     if images:
@@ -155,11 +155,12 @@ def _told(embedded: Embedded) -> str:
 def _page(
     config: TrainConfig | EmbedConfig, reader: ImageReader, diagnosis: Diagnosis | None, embedded: Embedded | None
 ) -> DoctorPage:
-    table, findings, notes = reader.table, [], []
+    table, findings, notes = reader.table, [], list[str]()
     if diagnosis is None:
         notes.append("Images were not decoded: --images looks for copies, odd sizes and boxes too.")
     else:
         findings += doctor_findings.of_images(reader, diagnosis)
+        notes += decoding_notes(diagnosis)
     if embedded is None:
         notes.append("There were no embeddings: --store looks for wrong labels and for more copies too.")
     else:

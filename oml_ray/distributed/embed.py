@@ -98,6 +98,11 @@ def rows_of(table: Table, split: str) -> Ids:
     return rows
 
 
+def decoding_of(data: nodes.SplitData) -> dict[str, Any]:
+    """How images are decoded, as a store's manifest records it: what can change their pixels."""
+    return {"exif": data.exif, "background": data.background}
+
+
 def embed(config: EmbedConfig) -> None:
     """Embed a table into the run's store, or continue where an earlier process stopped.
 
@@ -139,6 +144,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         table=table.fingerprint,
         split=images.data.split,
         dtype=node.dtype,
+        decoding=decoding_of(images.data),
     )
     store = Store(*resolve(f"{run.uri}/{runs.EMBEDDINGS}"))
     missing = store.begin(manifest)

@@ -17,8 +17,9 @@ from pyarrow import parquet
 
 from oml_ray import build
 from oml_ray.config import SearchConfig, dump, nodes
+from oml_ray.config.schema import QueryImages
 from oml_ray.data.filesystem import is_uri, join, read_bytes, resolve
-from oml_ray.data.images import decode
+from oml_ray.data.image_decoding import decode
 from oml_ray.data.queries import read_queries
 from oml_ray.data.table import Table
 from oml_ray.data.table_checks import BOX
@@ -151,6 +152,11 @@ def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery,
     notes = []
     if num_others:
         notes.append(f"{num_others} file(s) in {config.queries} are passed over: their names are not those of images.")
+    if searched.manifest.decoding is None:
+        notes.append(
+            f"The store {searched.store.path} was made by a version that ignored EXIF orientation and transparency: if "
+            "images of the gallery have either, or more than 8 bits, embed it again."
+        )
     if config.k > searched.embeddings.num_rows:
         found = searched.embeddings.num_rows
         notes.append(f"The gallery has {found} items: each query has {found} neighbors at most, not k = {config.k}.")
@@ -171,6 +177,12 @@ def _gallery(config: SearchConfig, images: embed.Images) -> Gallery:
         raise EmbeddingError(
             f"gallery: the store {store.path} was made by something else than source: {'; '.join(differing)}. Give the "
             "source that it was made by, or embed the gallery with this one."
+        )
+    decoding = embed.decoding_of(images.data)
+    if manifest.decoding not in (None, decoding):
+        raise EmbeddingError(
+            f"gallery: the images of the store {store.path} were decoded by {manifest.decoding}, the queries would be "
+            f"by {decoding}: set data.exif and data.background as the store has them, or embed the gallery again."
         )
     return Gallery(store, manifest, UserEmbeddings(store.filesystem, store.path))
 
@@ -217,17 +229,17 @@ def _write_queries(run: RunDirectory, table: Table) -> None:
 def _rows(config: SearchConfig, table: Table, searched: Gallery, shown: list[Shown]) -> list[SearchRow]:
     """Queries and neighbors with their pictures, where these can be found."""
     images = searched.images(row for query in shown for row in query.ids)
-    max_pixels, rows = config.data.max_pixels, []
+    rows = []
     for query in shown:
         box = None if table.boxes is None else table.boxes[query.query].tolist()
-        picture, problem = _picture(table.uri(query.query), box, max_pixels)
+        picture, problem = _picture(table.uri(query.query), box, config.data)
         path = table.paths[query.query].as_py()
         neighbors = []
         for row, distance in zip(query.ids, query.distances, strict=True):
             image = images[row]
             uri = _gallery_uri(image["path"], config.gallery_root)
             box = [image[side] for side in BOX] if image.get(BOX[0]) is not None else None
-            neighbors.append(SearchItem(f"id {row}", image["path"], *_picture(uri, box, max_pixels), distance))
+            neighbors.append(SearchItem(f"id {row}", image["path"], *_picture(uri, box, config.data), distance))
         rows.append(SearchRow(SearchItem(f"query {query.query}", path, picture, problem), neighbors))
     return rows
 
@@ -238,7 +250,7 @@ def _gallery_uri(path: str, root: str | None) -> str | None:
     return None if root is None else join(root, path)
 
 
-def _picture(uri: str | None, box: list[int] | None, max_pixels: int) -> tuple[bytes | None, str]:
+def _picture(uri: str | None, box: list[int] | None, data: QueryImages) -> tuple[bytes | None, str]:
     """A small JPEG of an image that can be found, and what is wrong with it."""
     if uri is None:
         return None, ""
@@ -247,7 +259,7 @@ def _picture(uri: str | None, box: list[int] | None, max_pixels: int) -> tuple[b
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata in files that decode nevertheless
-            image = decode(read_bytes(uri), uri, cut, max_pixels)
+            image = decode(read_bytes(uri), uri, cut, data.max_pixels, exif=data.exif, background=data.background)
     except (ImageError, StorageError) as error:
         return None, str(error)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

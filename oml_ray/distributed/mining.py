@@ -56,9 +56,10 @@ def mine(config: TrainConfig, table: Table) -> Mined:
     say("searching neighbors of validation rows")
     found = search(embedded, evaluation.only_listed, evaluation.gallery, scaling, least_k=config.model.top_n + 1)
     manifest = build.open_store(config.data.store or "").whole()
+    made_by = (manifest.weights, manifest.transform, manifest.dtype, manifest.decoding)
     return Mined(
         embedded.embeddings,
-        f"{manifest.weights} {manifest.transform} {manifest.dtype}",
+        " ".join(str(part) for part in made_by if part is not None),
         train,
         nearest.ids[places_in(ids, train)],
         found.queries,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig
 from oml_ray.data.filesystem import join
 from oml_ray.data.images import ImageReader
@@ -50,7 +51,7 @@ def query_rows(
     if not embedded.has_images or config.data is None:
         return []
     table = embedded.table
-    reader = ImageReader(table, max_pixels=config.data.max_pixels)
+    reader = build.image_reader(config.data, table)
     pictures, labels = config.evaluation.pictures, table.labels
     relevant = relevance(found.neighbors, found.queries, labels)
     rows = []

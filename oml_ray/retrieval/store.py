@@ -46,6 +46,8 @@ class Manifest:
     """Part of the table."""
     dtype: str = "float32"
     """How embeddings are kept: float32 or float16."""
+    decoding: dict[str, Any] | None = None
+    """Image decoding, `exif` and `background`; None in stores of versions that ignored EXIF and transparency."""
 
     @property
     def num_parts(self) -> int:
@@ -100,6 +102,8 @@ class Store:
             differing = [
                 f"{key} ({redact(str(old[key]))[:200]} there, {new[key]} now)" for key in old if old[key] != new[key]
             ]
+            if found.decoding is None:
+                differing.append("by a version of oml_ray that ignored EXIF orientation and transparency")
             raise EmbeddingError(
                 f"The store {self.path} was made by something else: {'; '.join(differing)}. "
                 "Choose another run.name, or replace it with run.resume: never."

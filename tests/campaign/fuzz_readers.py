@@ -35,7 +35,7 @@ def targets() -> dict[str, tuple[str, Target, list[bytes]]]:
     from safetensors.torch import save
 
     from oml_ray.config import TrainConfig, load
-    from oml_ray.data.images import decode
+    from oml_ray.data.image_decoding import decode
     from oml_ray.data.table import read_table
     from oml_ray.learning.weights import read_weights
     from oml_ray.retrieval.user_embeddings import UserEmbeddings

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from oml_ray.data.images import decode
+from oml_ray.data.image_decoding import decode
 from oml_ray.errors import OmlRayError
 
 pytestmark = pytest.mark.timeout(SECONDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from oml_ray.data.images import decode
+from oml_ray.data.image_decoding import decode
 from oml_ray.errors import ImageError
 
 LIMIT = 1_000_000
@@ -75,7 +75,7 @@ BOMBS = {
 
 DECODE = """
 import json, resource, sys, warnings
-from oml_ray.data.images import decode
+from oml_ray.data.image_decoding import decode
 from oml_ray.errors import ImageError
 warnings.simplefilter("ignore")
 def peak():

@@ -10,7 +10,8 @@ import pytest
 from helpers import write_images
 from PIL import Image
 
-from oml_ray.data.images import EvaluationLoader, ImageReader, TrainingLoader, decode
+from oml_ray.data.image_decoding import decode
+from oml_ray.data.images import EvaluationLoader, ImageReader, TrainingLoader
 from oml_ray.data.table import read_table
 from oml_ray.data.transforms import CropFlip, Resize
 from oml_ray.errors import ImageError

@@ -20,6 +20,7 @@ from PIL import Image
 from oml_ray import build
 from oml_ray.cli import main
 from oml_ray.config import SearchConfig, dump, load, nodes
+from oml_ray.distributed import find
 from oml_ray.retrieval.neighbors import Neighbors
 from oml_ray.retrieval.neighbors_file import read_neighbors
 
@@ -212,6 +213,13 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         "transform ({'name': 'resize', 'size': 32} there",
     ),
     "missing part": (without_a_part, "is not whole: 1 of 8 parts are missing (part-000002.parquet)"),
+    "another background": (
+        lambda folder: {"data": {"background": [0, 0, 0]}},
+        "decoded by {'exif': 'apply', 'background': [255, 255, 255]}, the queries would be by {'exif': 'apply', "
+        "'background': [0, 0, 0]}: set data.exif and data.background as the store has them",
+    ),
+    "a background of two numbers": (lambda folder: {"data": {"background": [0, 0]}}, "data.background: "),
+    "an orientation that is no rule": (lambda folder: {"data": {"exif": "turn"}}, "data.exif: should be 'apply' or"),
     "no store": (
         lambda folder: {"gallery": str(folder / "queries")},
         "is no embeddings store: it has no manifest.json",
@@ -236,6 +244,18 @@ def test_bad_input_is_one_message(name: str, folder: Path, capfd: pytest.Capture
     assert error.count("\n") == 1 + error.count("\n  "), "one message, whose further lines are indented"
     assert not (folder / "bad").exists(), "found before anything is written"
     assert (folder / "gallery" / "embeddings" / "manifest.json").exists()
+
+
+def test_a_store_of_an_older_version_is_searched_with_a_note(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "gallery", folder / "older")
+    manifest = folder / "older" / "embeddings" / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    del kept["decoding"]
+    manifest.write_text(json.dumps(kept))
+    path = write(folder, "of_older", {"queries": str(folder / "queries"), "gallery": str(folder / "older")})
+    _, _, searched, notes = find._prepare(load(SearchConfig, path))
+    assert searched.manifest.decoding is None
+    assert "made by a version that ignored EXIF orientation and transparency" in notes[-1]
 
 
 def test_dry_run_prints_the_config_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,11 @@ from oml_ray.config.nodes.criteria import (
     Triplet,
 )
 from oml_ray.config.nodes.data import (
+    Color,
     CropFlip,
     Data,
     EvalTransform,
+    Exif,
     Interpolation,
     Jitter,
     OfCrops,
@@ -118,6 +120,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointSource",
     "Circle",
+    "Color",
     "ConcatSiamese",
     "ConstantSchedule",
     "ConstantThreshold",
@@ -138,6 +141,7 @@ __all__ = [
     "EvalTransform",
     "Evaluation",
     "ExactGallery",
+    "Exif",
     "Extractor",
     "ExtractorSource",
     "FaissGallery",

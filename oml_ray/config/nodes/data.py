@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from oml_ray.config.nodes.base import Node, Positive, Probability, Rate
 
 Interpolation = Literal["bilinear", "bicubic"]
+Exif = Literal["apply", "ignore"]
+Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
 class Run(Node):
@@ -29,6 +31,10 @@ class Data(Node):
     """What an unreadable image does: stop, or be replaced (training) or left out and listed (evaluation)."""
     max_pixels: Positive = 89_478_485
     """Images announcing more pixels are refused before they are decoded."""
+    exif: Exif = "apply"
+    """EXIF orientation: apply turns images upright, and boxes are those of the upright image; ignore: as stored."""
+    background: Color = [255, 255, 255]
+    """Colour [red, green, blue], 0 to 255, that transparent pixels are composited over."""
 
 
 class TrainData(Data):

@@ -25,7 +25,8 @@ from oml_ray.data.converters.inshop import convert_inshop
 from oml_ray.data.converters.layout import Conversion
 from oml_ray.data.converters.sop import convert_sop
 from oml_ray.data.filesystem import is_uri
-from oml_ray.data.images import FORMATS
+from oml_ray.data.image_decoding import FORMATS
+from oml_ray.data.image_modes import upright_size
 from oml_ray.data.table import Table, check_files_exist, table_of
 from oml_ray.data.table_checks import BOX
 from oml_ray.errors import ConfigError, StorageError, TableError
@@ -116,7 +117,7 @@ def _cut(frame: pd.DataFrame, root: Path) -> tuple[pd.DataFrame, list[str]]:
     for path, *box in frame[["path", *BOX]].itertuples(index=False):
         try:
             with Image.open(root / path, formats=FORMATS) as image:
-                limits.append([*image.size, *image.size])
+                limits.append([*upright_size(image), *upright_size(image)])
         except Exception:  # Pillow's plugins raise anything on damaged files
             unreadable.append(path)
             limits.append(box)

@@ -21,6 +21,9 @@ class Diagnosis:
         num_rows: rows of the table.
         unreadable: int64, rows that cannot be decoded. reasons: row id -> why, of the first thousand.
         blank: int64, rows whose image is of one brightness.
+        turned: int64, rows whose EXIF orientation is not upright.
+        transparent: int64, rows whose image has transparent pixels.
+        wide: int64, rows whose image is grey of more than 8 bits.
         repeats: copies over the splits and over labels.
         measures: sizes and boxes.
     """
@@ -29,6 +32,9 @@ class Diagnosis:
     unreadable: Ids
     reasons: dict[int, str]
     blank: Ids
+    turned: Ids
+    transparent: Ids
+    wide: Ids
     repeats: AllRepeats
     measures: Measures
 
@@ -40,6 +46,9 @@ def diagnose(table: Table, examined: Examined) -> Diagnosis:
         np.flatnonzero(~examined.readable),
         dict(sorted(examined.reasons.items())),
         np.flatnonzero(examined.blank),
+        np.flatnonzero(examined.turned),
+        np.flatnonzero(examined.transparent),
+        np.flatnonzero(examined.wide),
         repeats(table, examined),
         measures(table, examined),
     )
@@ -65,7 +74,17 @@ def told(diagnosis: Diagnosis) -> str:
     ):
         if len(rows):
             lines.append(f"  warning: {named(rows, what)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  note: {note}" for note in decoding_notes(diagnosis))])
+
+
+def decoding_notes(diagnosis: Diagnosis) -> list[str]:
+    """Notes on images that are read by a rule of the config or of `image_modes`; these are no faults."""
+    rules = (
+        (diagnosis.turned, "images have an EXIF orientation (data.exif: apply turns them upright, ignore does not)"),
+        (diagnosis.transparent, "images have transparent pixels, composited over data.background"),
+        (diagnosis.wide, "grey images have more than 8 bits, scaled to 8 (16-bit: value / 257; others: own range)"),
+    )
+    return [named(rows, what) for rows, what in rules if len(rows)]
 
 
 def named(rows: Ids, what: str) -> str:

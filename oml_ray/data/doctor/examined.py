@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
 
 import numpy as np
@@ -18,7 +18,8 @@ from PIL import Image
 from oml_ray.data import columns as col
 from oml_ray.data.columns import Ids, Mask
 from oml_ray.data.doctor.fingerprints import GRID, color_grid, content_hash, perceptual_hash
-from oml_ray.data.images import FORMATS, ImageReader
+from oml_ray.data.image_decoding import FORMATS
+from oml_ray.data.images import ImageReader
 from oml_ray.errors import ImageError, ResourceError
 
 CHUNK_ROWS = 128
@@ -31,11 +32,14 @@ class Examined:
 
     Attributes:
         readable: bool (N,).
-        sizes: int64 (N, 2), width and height of the whole image in pixels, 0 where even that is unknown.
+        sizes: int64 (N, 2), width and height of the whole image in pixels, upright as it is read; 0 where unknown.
         contents: uint64 (N, 2), content hashes; 0 where the image is not readable.
         looks: uint64 (N,), perceptual hashes; 0 where there is none.
         colors: uint8 (N, 48), colours of 4 x 4 fields; 0 where the image is not readable.
         blank: bool (N,), images of one brightness, which have no perceptual hash.
+        turned: bool (N,), images whose EXIF orientation is not upright.
+        transparent: bool (N,), images with transparent pixels.
+        wide: bool (N,), grey images of more than 8 bits.
         reasons: row id -> why it is not readable, of the first thousand.
     """
 
@@ -45,6 +49,9 @@ class Examined:
     looks: NDArray[np.uint64]
     colors: NDArray[np.uint8]
     blank: Mask
+    turned: Mask
+    transparent: Mask
+    wide: Mask
     reasons: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -57,12 +64,16 @@ class Examined:
             looks=np.zeros(num_rows, dtype=np.uint64),
             colors=np.zeros((num_rows, 3 * GRID**2), dtype=np.uint8),
             blank=np.zeros(num_rows, dtype=np.bool_),
+            turned=np.zeros(num_rows, dtype=np.bool_),
+            transparent=np.zeros(num_rows, dtype=np.bool_),
+            wide=np.zeros(num_rows, dtype=np.bool_),
         )
 
     def put(self, rows: Ids, part: Examined) -> None:
         """Take over what is known of some rows."""
-        for name in ("readable", "sizes", "contents", "looks", "colors", "blank"):
-            getattr(self, name)[rows] = getattr(part, name)
+        for array in fields(self):
+            if array.name != "reasons":
+                getattr(self, array.name)[rows] = getattr(part, array.name)
         room = MAX_REASONS - len(self.reasons)
         self.reasons.update(list(part.reasons.items())[:room])
 
@@ -131,26 +142,32 @@ def _look_here(rows: Ids) -> Examined:
 
 def _look(reader: ImageReader, rows: Ids) -> Examined:
     """Decode some rows; those of one file follow each other."""
-    found = Examined.nothing(len(rows))
-    path, data, size = "", b"", (0, 0)  # of the file at hand
+    result = Examined.nothing(len(rows))
+    path, data, whole = "", b"", None  # of the latest file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata in files that decode nevertheless
         for place, row in enumerate(rows.tolist()):
             try:
-                wanted = reader.table.paths[row].as_py()
-                if wanted != path:
-                    data = reader.data(row)
-                    path, size = wanted, _announced(data)
-                found.sizes[place] = size
-                image = reader.decoded(row, data)
+                row_path = reader.table.paths[row].as_py()
+                if row_path != path:
+                    whole, data = None, reader.data(row)
+                    path = row_path
+                if whole is None:
+                    result.sizes[place] = _announced(data)
+                    whole = reader.whole(row, data)
+                image, stored = whole
+                result.sizes[place] = image.size
+                result.turned[place] = stored.orientation != 1
+                result.transparent[place], result.wide[place] = stored.is_transparent, stored.is_wide
+                image = reader.crop(row, image)
             except ImageError as error:
-                found.reasons[row] = str(error)
+                result.reasons[row] = str(error)
                 continue
             look = perceptual_hash(image)
-            found.readable[place], found.contents[place] = True, content_hash(image)
-            found.looks[place], found.blank[place] = look or 0, look is None
-            found.colors[place] = color_grid(image)
-    return found
+            result.readable[place], result.contents[place] = True, content_hash(image)
+            result.looks[place], result.blank[place] = look or 0, look is None
+            result.colors[place] = color_grid(image)
+    return result
 
 
 def _announced(data: bytes) -> tuple[int, int]:

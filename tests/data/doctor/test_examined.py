@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oml_ray.data.doctor import decoding_notes, diagnose
 from oml_ray.data.doctor import examined as doctor
 from oml_ray.data.doctor.examined import Examined, examine
 from oml_ray.data.doctor.fingerprints import color_grid, content_hash, perceptual_hash
@@ -17,7 +18,7 @@ from oml_ray.data.table import read_table
 from oml_ray.errors import ResourceError
 
 HEADER = "label,path,split,is_query,is_gallery"
-NAMES = ("readable", "sizes", "contents", "looks", "colors", "blank")
+NAMES = ("readable", "sizes", "contents", "looks", "colors", "blank", "turned", "transparent", "wide")
 
 
 def noise(seed: int, width: int, height: int) -> Image.Image:
@@ -89,6 +90,37 @@ def test_a_file_is_read_once_for_all_its_boxes(reader: ImageReader, monkeypatch:
     monkeypatch.setattr(ImageReader, "data", counted)
     examine(reader)
     assert sorted(read) == ["bomb.png", "cut.jpg", "red.bmp", "text.png", "whole.png"]
+
+
+def test_images_that_are_read_by_a_rule(tmp_path: Path) -> None:
+    """A turned photo with a box of the upright image, a transparent drawing, and 16-bit grey."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(0, 60, 40).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGBA", (40, 40), (0, 0, 0, 9)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((40, 40), 30_000, dtype=np.uint16)).save(tmp_path / "wide.png")
+    rows = [
+        "1,turned.jpg,train,,,,,,",
+        "1,turned.jpg,train,,,0,5,40,60",
+        "1,clear.png,train,,,,,,",
+        "1,wide.png,train,,,,,,",
+    ]
+    (tmp_path / "df.csv").write_text("\n".join([f"{HEADER},x_1,y_1,x_2,y_2", *rows]))
+    table = read_table(tmp_path / "df.csv")
+    result = examine(ImageReader(table, max_pixels=10_000))
+    assert result.readable.all()
+    assert result.sizes.tolist() == [[40, 60], [40, 60], [40, 40], [40, 40]]
+    assert result.turned.tolist() == [True, True, False, False]
+    assert result.transparent.tolist() == [False, False, True, False]
+    assert result.wide.tolist() == [False, False, False, True]
+    assert decoding_notes(diagnose(table, result)) == [
+        "2 images have an EXIF orientation (data.exif: apply turns them upright, ignore does not): rows 0, 1",
+        "1 images have transparent pixels, composited over data.background: rows 2",
+        "1 grey images have more than 8 bits, scaled to 8 (16-bit: value / 257; others: own range): rows 3",
+    ]
+    stored = examine(ImageReader(table, max_pixels=10_000, exif="ignore"))
+    assert stored.sizes[0].tolist() == [60, 40]
+    assert "leaves the image, which is 60 x 40" in stored.reasons[1]
 
 
 def test_processes_and_chunks_change_nothing(reader: ImageReader, monkeypatch: pytest.MonkeyPatch) -> None:
