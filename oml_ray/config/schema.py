@@ -196,7 +196,7 @@ class EmbedConfig(Node):
     evaluation: nodes.Evaluation = nodes.Evaluation()
     """How: its `embed` node."""
     scaling: nodes.Scaling = nodes.Scaling()
-    """Resources: its `use_gpu` and `data_cpus`."""
+    """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
 
 
 class EvaluateConfig(Node):
@@ -213,7 +213,7 @@ class EvaluateConfig(Node):
     evaluation: nodes.Evaluation = nodes.Evaluation()
     """How it is embedded, searched and measured."""
     scaling: nodes.Scaling = nodes.Scaling()
-    """Resources: its `use_gpu` and `data_cpus`."""
+    """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -261,7 +261,7 @@ class SearchConfig(Node):
     evaluation: nodes.Evaluation = nodes.Evaluation()
     """How queries are embedded (`embed`), the store is searched (`gallery`), and what the page shows (`pictures`)."""
     scaling: nodes.Scaling = nodes.Scaling()
-    """Resources: its `use_gpu` and `data_cpus`."""
+    """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
 
     @model_validator(mode="after")
     def _is_not_reranked(self) -> Self:

@@ -27,8 +27,9 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.decoding import Row, error_note, fetched, load_part, raise_noted, unpack
 from oml_ray.distributed.progress import counting, say
+from oml_ray.distributed.runtime.devices import batch_size_of, device_of
 from oml_ray.distributed.runtime.failures import unwrapped
-from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, placed
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, ProcessGroup, placed
 from oml_ray.distributed.session import check_given, session
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import ConfigError, OmlRayError
@@ -40,13 +41,22 @@ from oml_ray.training.run_directory import RunDirectory
 
 def needs(embed: nodes.Embed, scaling: nodes.Scaling) -> Needs:
     """Logical resources of embedding."""
+    use_gpu, least = scaling.uses_gpu("embedding"), embed.least_actors
+    actors = ProcessGroup(
+        "embedding",
+        scaling.placement.embedding,
+        least,
+        "evaluation.embed.actors",
+        embed.cpus_per_actor,
+        "evaluation.embed.cpus_per_actor",
+        1 if use_gpu else 0,
+    )
     return Needs(
         embed.most_actors * embed.cpus_per_actor + scaling.data_cpus,
-        embed.most_actors if scaling.use_gpu else 0,
+        least if use_gpu else 0,
         "evaluation.embed.actors * evaluation.embed.cpus_per_actor + scaling.data_cpus = "
         f"{embed.most_actors} * {embed.cpus_per_actor} + {scaling.data_cpus}",
-        {"evaluation.embed.cpus_per_actor": embed.cpus_per_actor},
-        {"decoding": scaling.placement.decoding, "embedding": scaling.placement.embedding},
+        (ProcessGroup("decoding", scaling.placement.decoding), actors),
         may_grow=scaling.autoscaling,
     )
 
@@ -150,6 +160,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     missing = store.begin(manifest)
     if not missing:
         return store, manifest
+    use_gpu = scaling.uses_gpu("embedding")
     configure(scaling.data_cpus + node.most_actors * node.cpus_per_actor)
     loader = build.evaluation_loader(images.data, table, transform)
     shared = ray.put((loader, rows, np.array(missing)))
@@ -165,11 +176,11 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     )
     dataset = dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(ray.put(extractor), shared, store, node, scaling.use_gpu),
-        batch_size=None,
+        fn_constructor_args=(ray.put(extractor), shared, store, node, use_gpu),
+        batch_size=batch_size_of(use_gpu),
         compute=actor_pool(node, len(missing)),
         num_cpus=node.cpus_per_actor,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_gpus=1 if use_gpu else 0,
         runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
@@ -206,7 +217,7 @@ class _Embedder:
         node: nodes.Embed,
         use_gpu: bool,
     ) -> None:
-        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.device = device_of(use_gpu)
         self.extractor = make_fast(ray.get(extractor), self.device, node.cpus_per_actor)
         loader: EvaluationLoader = fetched(shared)[0]
         self.table, self.store, self.batch_size, self.dtype = loader.reader.table, store, node.batch_size, node.dtype

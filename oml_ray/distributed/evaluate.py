@@ -25,6 +25,7 @@ from oml_ray.distributed.reporting import (
     training_timings,
     worst_queries,
 )
+from oml_ray.distributed.runtime import gallery_resources
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.search import Embedded, Found, places_in, search
@@ -45,9 +46,11 @@ def needs(evaluation: nodes.Evaluation, scaling: nodes.Scaling) -> Needs:
 
 def searching_needs(evaluation: nodes.Evaluation, scaling: nodes.Scaling) -> Needs:
     """Logical resources of an evaluation of embeddings that are there."""
-    found = gallery.needs(evaluation.gallery, scaling)
+    found = gallery_resources.needs(evaluation.gallery, scaling)
     for other in evaluation.compare:
-        found |= gallery.needs(other, scaling)
+        found |= gallery_resources.needs(other, scaling)
+    if evaluation.compare or evaluation.rerank:  # both may search exactly what an index has searched
+        found |= gallery_resources.needs(gallery.exactly(evaluation.gallery), scaling)
     if any(isinstance(node, nodes.Pairwise) for node in evaluation.rerank):
         found |= embed.needs(evaluation.embed, scaling)
     return found
@@ -101,6 +104,7 @@ def _prepare(config: EvaluateConfig) -> tuple[EvaluateConfig, embed.Images | Non
     config = runs.resolved(config)
     runs.check_apart(config)
     runs.check_name(config)
+    gallery_resources.say_indexes_on_cpu(config.evaluation, config.scaling)
     if isinstance(config.source, nodes.CheckpointSource | nodes.ExtractorSource):
         assert config.data is not None
         images = embed.images_of(config.source, config.data, config.run.storage, config.seed)

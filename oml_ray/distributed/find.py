@@ -27,6 +27,7 @@ from oml_ray.distributed import embed, gallery, runs
 from oml_ray.distributed.gallery import pool_of
 from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.reporting import THUMBNAIL
+from oml_ray.distributed.runtime import gallery_resources
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.search import Embedded
@@ -135,7 +136,7 @@ def dry_run(config: SearchConfig) -> None:
 
 def _needs(config: SearchConfig) -> Needs:
     evaluation, scaling = config.evaluation, config.scaling
-    return embed.needs(evaluation.embed, scaling) | gallery.needs(evaluation.gallery, scaling)
+    return embed.needs(evaluation.embed, scaling) | gallery_resources.needs(evaluation.gallery, scaling)
 
 
 def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery, list[str]]:
@@ -149,6 +150,7 @@ def _prepare(config: SearchConfig) -> tuple[SearchConfig, embed.Images, Gallery,
     images = embed.Images(data, table, np.arange(len(table)), extractor, transform)
     searched = _gallery(config, images)
     gallery.check(config.evaluation.gallery, searched.manifest.embedding_dim)
+    gallery_resources.say_indexes_on_cpu(config.evaluation, config.scaling)
     notes = []
     if num_others:
         notes.append(f"{num_others} file(s) in {config.queries} are passed over: their names are not those of images.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from oml_ray import build
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.samplers import Ids
-from oml_ray.distributed.runtime.resources import Needs, placed
+from oml_ray.distributed.runtime.gallery_resources import shard_group, uses_gpu
+from oml_ray.distributed.runtime.resources import gpu_share, placed
 from oml_ray.distributed.shard import Answer, GalleryShard, Part
 from oml_ray.errors import OmlRayError
 from oml_ray.retrieval import ranks
@@ -28,19 +29,6 @@ from oml_ray.retrieval.pair_counts import Request
 from oml_ray.retrieval.rows import Float32Array
 
 BLOCKS_IN_FLIGHT = 2
-
-
-def needs(gallery: nodes.Gallery, scaling: nodes.Scaling) -> Needs:
-    """Logical resources of a gallery."""
-    formula = "evaluation.gallery.shards * evaluation.gallery.cpus_per_shard"
-    return Needs(
-        gallery.shards * gallery.cpus_per_shard,
-        1 if scaling.use_gpu else 0,
-        f"{formula} = {gallery.shards} * {gallery.cpus_per_shard}",
-        {"evaluation.gallery.cpus_per_shard": gallery.cpus_per_shard},
-        {"gallery": scaling.placement.gallery},
-        may_grow=scaling.autoscaling,
-    )
 
 
 def check(gallery: nodes.Gallery, dimension: int) -> None:
@@ -75,27 +63,39 @@ class GalleryPool:
     """All shards of a gallery."""
 
     def __init__(
-        self, part: Part, gallery: nodes.Gallery, *, use_gpu: bool, place: nodes.Placement | None = None
+        self,
+        part: Part,
+        gallery: nodes.Gallery,
+        *,
+        use_gpu: bool,
+        place: nodes.Placement | None = None,
+        most_gpus: int | None = None,
     ) -> None:
         """Start the shards, which load in parallel, and wait for them.
 
         Args:
             part: the whole gallery, its ids sorted.
             gallery: backend, number of shards, distance and blocks.
-            use_gpu: have the shards share a GPU (each its part of it, on as many as there are).
+            use_gpu: search on GPUs, one for each shard where there are as many; else as few shards as possible share
+                one.
             place: nodes of the shards; None: any.
+            most_gpus: GPUs that the shards may hold; None: all of those nodes.
 
         Raises:
             OmlRayError: embeddings that cannot be searched, or an index that cannot be built of them.
         """
-        count = max(1, min(gallery.shards, len(part.ids)))
+        count, place = max(1, min(gallery.shards, len(part.ids))), place or nodes.Placement()
+        gpus = 0.0
+        if use_gpu:
+            alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            gpus = gpu_share(replace(shard_group(gallery, place), num=count), alive, most_gpus)
         self.shards: list[ActorHandle[Any]] = [
             GalleryShard.options(  # type: ignore[attr-defined]
                 num_cpus=gallery.cpus_per_shard,
-                num_gpus=1 / count if use_gpu else 0,
+                num_gpus=gpus,
                 # Otherwise those of a sweep's trial would wait for room beside its driver, in a group of one CPU.
                 scheduling_strategy="DEFAULT",
-                **placed(place or nodes.Placement()),
+                **placed(place),
             ).remote(gallery, use_gpu)
             for _ in range(count)
         ]
@@ -239,9 +239,10 @@ class GalleryPool:
             yield done, ray.get(answers)
 
 
-def pool_of(part: Part, gallery: nodes.Gallery, scaling: nodes.Scaling) -> GalleryPool:
-    """Start the shards of a gallery where `scaling` says."""
-    return GalleryPool(part, gallery, use_gpu=scaling.use_gpu, place=scaling.placement.gallery)
+def pool_of(part: Part, gallery: nodes.Gallery, scaling: nodes.Scaling, most_gpus: int | None = None) -> GalleryPool:
+    """Start the shards of a gallery where `scaling` says; on at most `most_gpus` GPUs, if it says GPUs."""
+    use_gpu, place = uses_gpu(gallery, scaling), scaling.placement.gallery
+    return GalleryPool(part, gallery, use_gpu=use_gpu, place=place, most_gpus=most_gpus)
 
 
 @ray.remote(num_cpus=0)

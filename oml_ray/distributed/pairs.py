@@ -24,6 +24,7 @@ from oml_ray.data.table import Table
 from oml_ray.distributed.decoding import Row, attempt, error_note, fetched, pack, raise_noted, unpack
 from oml_ray.distributed.embed import actor_pool, make_fast
 from oml_ray.distributed.progress import counting
+from oml_ray.distributed.runtime.devices import batch_size_of, device_of
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, placed
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import EmbeddingError, OmlRayError
@@ -79,6 +80,7 @@ def judged(judge: Judge, pairs: Pairs, node: nodes.Embed, scaling: nodes.Scaling
     num_blocks = -(-len(found) // size)
     if not num_blocks:
         return found
+    use_gpu = scaling.uses_gpu("embedding")
     configure(scaling.data_cpus + node.most_actors * node.cpus_per_actor)
     loader = build.evaluation_loader(judge.data, judge.table, judge.transform)
     shared = ray.put((loader, pairs))
@@ -93,11 +95,11 @@ def judged(judge: Judge, pairs: Pairs, node: nodes.Embed, scaling: nodes.Scaling
     )
     dataset = dataset.map_batches(
         _Judging,
-        fn_constructor_args=(ray.put(judge.model), shared, size, node, scaling.use_gpu),
-        batch_size=None,
+        fn_constructor_args=(ray.put(judge.model), shared, size, node, use_gpu),
+        batch_size=batch_size_of(use_gpu),
         compute=actor_pool(node, num_blocks),
         num_cpus=node.cpus_per_actor,
-        num_gpus=1 if scaling.use_gpu else 0,
+        num_gpus=1 if use_gpu else 0,
         runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
@@ -126,7 +128,7 @@ class _Judging:
     def __init__(
         self, model: ray.ObjectRef[Any], shared: ray.ObjectRef[Any], size: int, node: nodes.Embed, use_gpu: bool
     ) -> None:
-        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.device = device_of(use_gpu)
         self.model: PairModel = make_fast(ray.get(model), self.device, node.cpus_per_actor)
         loader: EvaluationLoader = fetched(shared)[0]
         self.table, self.pairs, self.size = loader.reader.table, fetched(shared)[1], size

@@ -116,6 +116,7 @@ def search(
     *,
     least_k: int = 1,
     pool: GalleryPool | None = None,
+    most_gpus: int | None = None,
 ) -> Found:
     """Search the neighbors of all queries and compute the per-query metrics.
 
@@ -126,6 +127,7 @@ def search(
         scaling: on which nodes, and whether on GPUs.
         least_k: neighbors of each query, where the evaluation needs fewer.
         pool: shards that hold the gallery; None: some that end with the search.
+        most_gpus: GPUs that these may hold; None: as many as there are.
 
     Raises:
         EmbeddingError: no query or no gallery item is left.
@@ -140,7 +142,7 @@ def search(
     k = max(least_k, evaluation.num_neighbors)
     sampled = _sample_pairs(queries, part.ids, labels)
     is_kept = pool is not None
-    pool = pool or pool_of(part, gallery, scaling)
+    pool = pool or pool_of(part, gallery, scaling, most_gpus)
     try:
         index_bytes, build_s = pool.cost()
         start = time.perf_counter()

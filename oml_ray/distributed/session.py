@@ -19,6 +19,8 @@ from ray.data import DataContext
 from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 
+from oml_ray.distributed.runtime.devices import num_fake_gpus
+from oml_ray.distributed.runtime.gpu_check import check_local_gpus
 from oml_ray.distributed.runtime.resources import Needs, check_resources
 from oml_ray.errors import ResourceError
 
@@ -47,6 +49,8 @@ def session(needs: Needs, *, dashboard: bool = False) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         if started:
+            if not is_given():
+                check_local_gpus(needs.gpus)
             _start(needs, dashboard)
             _answer_sigterm(_interrupt)  # in place of what Ray has set
         check_resources(needs)
@@ -77,10 +81,12 @@ def _answer_sigterm(handler: Any) -> None:
 
 
 def check_given(needs: Needs) -> None:
-    """Check the needs against the cluster that is given; without one there is nothing to check."""
-    if is_given():
-        with session(needs):
-            pass
+    """Check the needs against the cluster that is given; without one, the GPUs of this machine."""
+    if not is_given():
+        check_local_gpus(needs.gpus)
+        return
+    with session(needs):
+        pass
 
 
 def quiet() -> None:
@@ -111,6 +117,7 @@ def _start(needs: Needs, dashboard: bool) -> None:
                         # Its own even where there is none: Ray's actors would take what listens at 8265 for theirs, as
                         # Train's (2.60), which then ends a training whose controller another Ray does not know.
                         dashboard_port=_free_port(),
+                        num_gpus=num_fake_gpus() or None,  # else Ray counts them
                         **options,
                     )
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:

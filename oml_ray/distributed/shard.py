@@ -19,6 +19,7 @@ from oml_ray import build
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import resolve
 from oml_ray.data.samplers import Ids
+from oml_ray.distributed.runtime.devices import device_of
 from oml_ray.errors import OmlRayError
 from oml_ray.retrieval import exact, ranks
 from oml_ray.retrieval.index import GalleryIndex
@@ -61,7 +62,7 @@ class GalleryShard:
 
     def __init__(self, gallery: nodes.Gallery, use_gpu: bool) -> None:
         torch.set_num_threads(gallery.cpus_per_shard)
-        self.gallery, self.device = gallery, "cuda" if use_gpu else "cpu"
+        self.gallery, self.device = gallery, device_of(use_gpu).type
         self._held: ray.ObjectRef[Part] | None = None
 
     def call(self, part: list[ray.ObjectRef[Part]], index: str | None, method: str, *arguments: Any) -> Any:

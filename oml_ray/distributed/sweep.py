@@ -14,6 +14,7 @@ from oml_ray.config.space import Choice, Grid, Values, shown
 from oml_ray.data.filesystem import join
 from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, sweep_results, sweep_runs, trainer
 from oml_ray.distributed.progress import say
+from oml_ray.distributed.runtime import gallery_resources
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.session import is_given, session
 from oml_ray.distributed.sweep_table import showing
@@ -96,6 +97,7 @@ def _check(config: SweepConfig) -> None:
             for warning in tables[key].warnings:
                 say(f"# warning: {warning}")
         trainer.check(trial, tables[key])
+    gallery_resources.say_indexes_on_cpu(config.training.evaluation, config.training.scaling)
     build.check_tracking(config.training)
 
 

@@ -48,29 +48,37 @@ def at_once(config: SweepConfig, ray_nodes: list[dict[str, Any]]) -> int:
     scaling, wanted = config.training.scaling, config.tune.max_concurrent
     most = config.num_trials if wanted == "auto" else min(wanted, config.num_trials)
     found = 0
-    beside = scaling.data_cpus + _validation_cpus(config.training)
-    while found < most and _fit(found + 1, scaling, beside, free):
+    validation_cpus, validation_gpus = _of_validation(config.training)
+    beside, gpus_beside = scaling.data_cpus + validation_cpus, validation_gpus
+    while found < most and _fit(found + 1, scaling, beside, free, gpus_beside):
         found += 1
     if found and (wanted == "auto" or found == most):
         return found
-    have = ", ".join(f"{cpus:g}" + f" (and {gpus:g} GPUs)" * scaling.use_gpu for cpus, gpus in free)
+    use_gpu = scaling.uses_gpu("workers")
+    have = ", ".join(f"{cpus:g}" + f" (and {gpus:g} GPUs)" * (use_gpu or gpus_beside > 0) for cpus, gpus in free)
     what = f"tune.max_concurrent: {most} trials do" if found else "A trial does"
     raise ResourceError(
         f"{what} not fit into the Ray cluster, whose nodes have {have} CPUs: a trial needs {scaling.most_workers} "
-        f"workers of {scaling.cpus_per_worker} CPUs{' and a GPU' * scaling.use_gpu}, each on one node, "
-        f"{beside} CPUs for data{' and validation' * (beside > scaling.data_cpus)}, and {DRIVER_CPUS} for its driver, "
+        f"workers of {scaling.cpus_per_worker} CPUs{' and a GPU' * use_gpu}, each on one node, "
+        f"{beside} CPUs for data{' and validation' * (beside > scaling.data_cpus)}"
+        f"{f', {gpus_beside:g} GPUs for validation' * (gpus_beside > 0)}, and {DRIVER_CPUS} for its driver, "
         "which may be on any node. "
         + (f"Set tune.max_concurrent to at most {found}, or auto." if found
            else "Lower scaling.num_workers or scaling.cpus_per_worker, or add CPUs.")
     )  # fmt: skip
 
 
-def _validation_cpus(training: TrainConfig) -> int:
-    """CPUs of a trial's validations while it trains."""
-    return math.ceil(validation.needs(training).cpus) if training.validation.mode == "async" else 0
+def _of_validation(training: TrainConfig) -> tuple[int, float]:
+    """CPUs and GPUs of a trial's validations while it trains."""
+    if training.validation.mode != "async":
+        return 0, 0.0
+    needed = validation.needs(training)
+    return math.ceil(needed.cpus), needed.gpus
 
 
-def _fit(num_trials: int, scaling: nodes.Scaling, beside: float, free: list[tuple[float, float]]) -> bool:
+def _fit(
+    num_trials: int, scaling: nodes.Scaling, beside: float, free: list[tuple[float, float]], gpus_beside: float = 0
+) -> bool:
     """Whether trials fit even when their drivers sit where they are most in the way of workers.
 
     Args:
@@ -78,23 +86,27 @@ def _fit(num_trials: int, scaling: nodes.Scaling, beside: float, free: list[tupl
         scaling: of each.
         beside: CPUs of each, on any nodes, beside workers and driver.
         free: CPUs and GPUs of the nodes.
+        gpus_beside: GPUs of each, on any nodes, beside workers.
     """
     drivers, workers = num_trials * DRIVER_CPUS, num_trials * scaling.most_workers
+    use_gpu = scaling.uses_gpu("workers")
 
     def slots(cpus: float, gpus: float) -> float:
         """Workers that a node has room for."""
-        return min(cpus // scaling.cpus_per_worker, gpus if scaling.use_gpu else math.inf)
+        return min(cpus // scaling.cpus_per_worker, gpus if use_gpu else math.inf)
 
     # lost[j]: most workers that find no room when j drivers sit on the nodes so far; none where j do not fit on them.
     lost = [0.0] + [-math.inf] * drivers
     for cpus, gpus in free:
         of_node = [slots(cpus, gpus) - slots(cpus - j, gpus) for j in range(min(drivers, int(cpus)) + 1)]
         lost = [max(lost[j - i] + of_node[i] for i in range(min(j + 1, len(of_node)))) for j in range(drivers + 1)]
+    all_gpus = num_trials * gpus_beside + (workers if use_gpu else 0)
     all_cpus = drivers + workers * scaling.cpus_per_worker + num_trials * beside
     return (
         lost[drivers] > -math.inf
         and sum(slots(*node) for node in free) - lost[drivers] >= workers
         and sum(cpus for cpus, _ in free) >= all_cpus
+        and sum(gpus for _, gpus in free) >= all_gpus
     )
 
 

@@ -19,12 +19,14 @@ from oml_ray import build
 from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import entry, evaluate, mining, runs, sources, validation
+from oml_ray.distributed import entry, evaluate, gallery, mining, runs, sources, validation
 from oml_ray.distributed.controller import StopOnUserError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
+from oml_ray.distributed.runtime import gallery_resources
+from oml_ray.distributed.runtime.devices import backend_of
 from oml_ray.distributed.runtime.failures import unwrapped
-from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs
+from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, ProcessGroup
 from oml_ray.distributed.session import check_given, quiet, session
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.pairs import Mined
@@ -38,21 +40,32 @@ POLL_EVERY_S = 0.25
 def needs(config: TrainConfig) -> Needs:
     """Logical resources of a training."""
     scaling = config.scaling
-    cpus = scaling.least_workers * scaling.cpus_per_worker + scaling.data_cpus
-    found = Needs(
+    cpus, use_gpu = scaling.least_workers * scaling.cpus_per_worker + scaling.data_cpus, scaling.uses_gpu("workers")
+    workers = ProcessGroup(
+        "workers",
+        scaling.placement.workers,
+        scaling.least_workers,
+        "scaling.num_workers",
+        scaling.cpus_per_worker,
+        "scaling.cpus_per_worker",
+        1 if use_gpu else 0,
+    )
+    training = Needs(
         cpus,
-        scaling.least_workers if scaling.use_gpu else 0,
+        scaling.least_workers if use_gpu else 0,
         "scaling.num_workers * scaling.cpus_per_worker + scaling.data_cpus = "
         f"{scaling.least_workers} * {scaling.cpus_per_worker} + {scaling.data_cpus}",
-        {"scaling.cpus_per_worker": scaling.cpus_per_worker},
-        {"workers": scaling.placement.workers, "decoding": scaling.placement.decoding},
+        (workers, ProcessGroup("decoding", scaling.placement.decoding)),
         may_grow=scaling.autoscaling,
     )
-    return found + validation.needs(config) if config.validation.mode == "async" else found
+    return training + validation.needs(config) if config.validation.mode == "async" else training
 
 
 def _all_needs(config: TrainConfig) -> Needs:
-    return needs(config) | evaluate.needs(config.evaluation, config.scaling)
+    found = needs(config) | evaluate.needs(config.evaluation, config.scaling)
+    if config.model is not None:  # pairs are mined by exact search
+        found |= gallery_resources.needs(gallery.exactly(config.evaluation.gallery), config.scaling)
+    return found
 
 
 def prepare(config: TrainConfig) -> Table:
@@ -67,6 +80,7 @@ def prepare(config: TrainConfig) -> Table:
     for warning in table.warnings:
         say(f"# warning: {warning}")
     check(config, table)
+    gallery_resources.say_indexes_on_cpu(config.evaluation, config.scaling)
     return table
 
 
@@ -193,6 +207,8 @@ def fit(
     run: RunDirectory,
     work: Callable[[dict[str, Any]], None] | None = None,
     callbacks: Sequence[UserCallback] = (),
+    *,
+    is_trial: bool = False,
 ) -> list[dict[str, Any]]:
     """Run the training loop on Ray Train workers, in a session that is there.
 
@@ -202,6 +218,7 @@ def fit(
         run: its directory.
         work: what each worker runs, in place of the loop.
         callbacks: hear the reports of the workers.
+        is_trial: other trainings run on the same cluster.
 
     Returns:
         Rows of the validations that came back after the workers' end, which the callbacks did not hear of.
@@ -220,17 +237,18 @@ def fit(
         "loaders": ray.put(build.loaders(config, table, mined)),
         "mined": ray.put(mined),
         "monitor": monitor,
+        "most_gpus": validation.gpu_limit(config, is_trial=is_trial) if is_async else None,
     }
-    name, place = runs.ray_name(config), scaling.placement.workers
+    name, place, use_gpu = runs.ray_name(config), scaling.placement.workers, scaling.uses_gpu("workers")
     trainer = TorchTrainer(
         work or entry.work,
         train_loop_config=payload,
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend=backend_of(use_gpu), timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=(scaling.least_workers, scaling.most_workers) if scaling.is_elastic else scaling.most_workers,
-            use_gpu=scaling.use_gpu,
+            use_gpu=use_gpu,
             resources_per_worker={
-                "CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {}), **place.resources
+                "CPU": scaling.cpus_per_worker, **({"GPU": 1} if use_gpu else {}), **place.resources
             },
             label_selector=place.labels or None,
             elastic_resize_monitor_interval_s=scaling.resize_every_s,
@@ -256,7 +274,7 @@ def fit(
         if terminated.is_set():
             raise KeyboardInterrupt
         if is_async:
-            late = validation.settle(config, table)
+            late = validation.settle(config, table, payload["most_gpus"])
             ray.get([monitor.report.remote(row) for row in late])
     ray.kill(monitor)
     run.remove(RAY_RECORDS)

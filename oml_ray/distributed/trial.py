@@ -75,7 +75,7 @@ def run_trial(given: dict[str, Any], sweep: SweepConfig, storage: str) -> None:
         for point in _earlier(run, config.checkpoint.metric):
             tune.report(_result(point))
         with unwrapped():
-            late = trainer.fit(config, table, run, callbacks=[reports])
+            late = trainer.fit(config, table, run, callbacks=[reports], is_trial=True)
         reports.settle()
         for row in late:
             tune.report(_result((row["epoch"] + 1, row[config.checkpoint.metric])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from oml_ray import build
 from oml_ray.config import TrainConfig, validate
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
-from oml_ray.distributed import embed, gallery, sources
+from oml_ray.distributed import embed, sources
 from oml_ray.distributed.decoding import fetched
-from oml_ray.distributed.runtime.resources import Needs
+from oml_ray.distributed.runtime import gallery_resources
+from oml_ray.distributed.runtime.resources import Needs, count_gpus
 from oml_ray.distributed.search import search
 from oml_ray.distributed.session import quiet
 from oml_ray.distributed.worker import POINTER
@@ -37,21 +39,65 @@ def needs(config: TrainConfig) -> Needs:
         cpus=node.most_actors * node.cpus_per_actor,
         formula="evaluation.embed.actors * evaluation.embed.cpus_per_actor",
     )
-    searching = gallery.needs(config.evaluation.gallery, scaling)
-    return embedding | replace(searching, formula=searching.formula.partition(" = ")[0])
+    searching = gallery_resources.needs(config.evaluation.gallery, scaling)
+    beside = embedding | replace(searching, formula=searching.formula.partition(" = ")[0])
+    if not scaling.is_elastic:
+        return beside
+    reserved = bundles(config)  # process by process, they may come to more than the larger stage
+    totals = {name: sum(bundle.get(name, 0.0) for bundle in reserved) for name in ("CPU", "GPU")}
+    return replace(beside, cpus=max(beside.cpus, totals["CPU"]), gpus=max(beside.gpus, totals["GPU"]))
 
 
 def bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """The same, process by process; without those whose nodes labels name."""
+    """The same as bundles that suffice for embedding and, after it, for searching; each is held by one node.
+
+    Stages whose nodes are named by labels are left out: Ray 2.60 does not heed labels here.
+    """
     evaluation, scaling, place = config.evaluation, config.scaling, config.scaling.placement
-    gpus = {"GPU": 1.0} if scaling.use_gpu else {}
-    embedding = {"CPU": evaluation.embed.cpus_per_actor, **gpus, **place.embedding.resources}
-    searching = {"CPU": evaluation.gallery.cpus_per_shard, **place.gallery.resources}
-    stages = (
-        [] if place.embedding.labels else [embedding] * evaluation.embed.most_actors,
-        [] if place.gallery.labels else [searching] * evaluation.gallery.shards,
-    )
-    return max(stages, key=lambda stage: sum(bundle["CPU"] for bundle in stage))
+    actors, shards = evaluation.embed.most_actors, evaluation.gallery.shards
+    gpus = {"GPU": 1.0} if scaling.uses_gpu("embedding") else {}
+    embedding = [{"CPU": float(evaluation.embed.cpus_per_actor), **gpus, **place.embedding.resources}] * actors
+    searching = [{"CPU": float(evaluation.gallery.cpus_per_shard), **place.gallery.resources}] * shards
+    if gallery_resources.uses_gpu(evaluation.gallery, scaling):
+        # Shards that share a GPU are on one node.
+        num_gpus = min(shards, _gallery_gpus(config))
+        counts = [(shards + gpu) // num_gpus for gpu in range(num_gpus)]
+        searching = [
+            {"GPU": 1.0, **{name: count * amount for name, amount in searching[0].items()}} for count in counts
+        ]
+    stages = [[] if place.embedding.labels else embedding, [] if place.gallery.labels else searching]
+    by_size = [sorted(stage, key=lambda bundle: (bundle.get("GPU", 0.0), bundle["CPU"]))[::-1] for stage in stages]
+    return [_either(*pair) for pair in zip_longest(*by_size, fillvalue={})]
+
+
+def _either(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """A bundle that holds either of two."""
+    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
+
+
+def _gallery_gpus(config: TrainConfig) -> int:
+    """Count the GPUs that a validation's shards may always hold: those of its embedding actors, at least one."""
+    return config.evaluation.embed.least_actors if config.scaling.uses_gpu("embedding") else 1
+
+
+def gpu_limit(config: TrainConfig, *, is_trial: bool) -> int | None:
+    """Count the GPUs that the shards of a validation may hold beside the training, in a session that is there.
+
+    Args:
+        config: the training.
+        is_trial: whether other trainings run on the same cluster.
+
+    Returns:
+        Those that are reserved where workers or other trials may take the rest; else all that the workers leave.
+    """
+    scaling = config.scaling
+    if not gallery_resources.uses_gpu(config.evaluation.gallery, scaling):
+        return None
+    reserved = _gallery_gpus(config)
+    if is_trial or scaling.is_elastic:
+        return reserved
+    taken = scaling.most_workers if scaling.uses_gpu("workers") else 0
+    return max(reserved, count_gpus(scaling.placement.gallery) - taken)
 
 
 def task_config(payload: dict[str, Any]) -> ValidationConfig:
@@ -68,11 +114,17 @@ def _task(checkpoint: Checkpoint, **payload: Any) -> dict[str, float]:
         step = json.loads((Path(folder) / POINTER).read_text())
     config = validate(TrainConfig, payload["config"], "config")
     table: Table = fetched(payload["loaders"])[1].reader.table
-    return validated(config, table, step)
+    return validated(config, table, step, payload["most_gpus"])
 
 
-def validated(config: TrainConfig, table: Table, step: int) -> dict[str, float]:
+def validated(config: TrainConfig, table: Table, step: int, most_gpus: int | None) -> dict[str, float]:
     """Validate the checkpoint of a step, and leave the scores for the training to take up.
+
+    Args:
+        config: the training.
+        table: its table.
+        step: of the checkpoint.
+        most_gpus: GPUs that the gallery's shards may hold; None: all.
 
     Returns:
         `family.k` -> mean over the queries with a ground truth.
@@ -86,7 +138,7 @@ def validated(config: TrainConfig, table: Table, step: int) -> dict[str, float]:
         return found
     start = time.perf_counter()
     try:
-        found = _scores(config, table, run, step)
+        found = _scores(config, table, run, step, most_gpus)
     except OmlRayError as error:
         elsewhere.answer(run, step, error, time.perf_counter() - start)
         raise
@@ -94,18 +146,18 @@ def validated(config: TrainConfig, table: Table, step: int) -> dict[str, float]:
     return found
 
 
-def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int) -> dict[str, float]:
+def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int, most_gpus: int | None) -> dict[str, float]:
     name, evaluation = checkpoints.name_of(step), config.evaluation
     images = sources.validation_images(config, table, join(run.uri, checkpoints.FOLDER, name))
     place = RunDirectory(join(run.uri, elsewhere.FOLDER), name)
     embedded = sources.embed_validation(place, config, images, {})
-    result = search(embedded, evaluation.only_listed, evaluation.gallery, config.scaling)
+    result = search(embedded, evaluation.only_listed, evaluation.gallery, config.scaling, most_gpus=most_gpus)
     if not (result.num_relevant > 0).any():
         raise EmbeddingError("No validation query is left that has a relevant gallery item: nothing can be scored.")
     return means(result.values)
 
 
-def settle(config: TrainConfig, table: Table) -> list[dict[str, Any]]:
+def settle(config: TrainConfig, table: Table, most_gpus: int | None) -> list[dict[str, Any]]:
     """Take up the last validations of a training that has ended, validating here what came to nothing; the new rows.
 
     Raises:
@@ -117,7 +169,7 @@ def settle(config: TrainConfig, table: Table) -> list[dict[str, Any]]:
     validations = elsewhere.Validations(run, records.history, build.judging(config, steps_per_epoch))
     rows = validations.take_up()
     for step in validations.waiting():
-        validated(config, table, step)
+        validated(config, table, step, most_gpus)
         rows += validations.take_up()
     for row in rows:
         records.scores(row)

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train import Checkpoint
 
 from oml_ray import build
@@ -21,6 +20,7 @@ from oml_ray.config import TrainConfig, validate
 from oml_ray.data.stream import Stream
 from oml_ray.data.table import Table
 from oml_ray.distributed import runs
+from oml_ray.distributed.runtime.devices import device_of
 from oml_ray.distributed.stream import RayStream
 from oml_ray.errors import StorageError
 from oml_ray.training.loop import Loop
@@ -47,7 +47,8 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     plan = build.plan(config, table, mined)
     rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), config.scaling
     stream = RayStream(plan, payload["loaders"], rank, world_size, scaling.data_cpus, scaling.placement.decoding)
-    loop = build.loop(config, table, plan, RayContext(stream, payload["monitor"]), run, mined)
+    ray_context = RayContext(stream, payload["monitor"], scaling.uses_gpu("workers"))
+    loop = build.loop(config, table, plan, ray_context, run, mined)
     step = loop.position.global_step
     if rank == 0 and (step or scaling.is_elastic):
         payload["monitor"].report.remote({"kind": "start", "workers": world_size, "step": step})
@@ -60,11 +61,14 @@ class RayContext:
 
     stream: Stream
     monitor: Any
+    use_gpu: bool
 
     def __post_init__(self) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
+        self.device = device_of(self.use_gpu)
+        if self.device.type == "cuda":
+            self.device = ray.train.torch.get_device()  # a worker sees the GPUs of all workers of its node
         self._told = 0.0
 
     def progress(self, row: dict[str, Any]) -> None:

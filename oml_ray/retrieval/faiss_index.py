@@ -23,12 +23,13 @@ from typing import Any, ClassVar
 import faiss
 
 from oml_ray.errors import ConfigError, EmbeddingError, ResourceError, StorageError, reason_of
+from oml_ray.retrieval import faiss_gpu
 from oml_ray.retrieval.points import Points
 from oml_ray.retrieval.rows import Float32Array, Int64Array
 
 FAISS_NAMES = {"nprobe": "nprobe", "ef_search": "efSearch", "ef_construction": "efConstruction"}
 SEARCHED_WITH = {"nprobe": 1, "ef_search": 16}  # FAISS's defaults
-MOST_ON_GPU = 2048  # candidates that FAISS finds on a GPU
+SAMPLE_DIMENSION = 3360  # a multiple of every number of sub-quantizers that a GPU takes
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class FaissSettings:
             ConfigError: FAISS refuses the factory string for this dimension, or a parameter for the index.
         """
         replace(self, use_gpu=False)._empty(dimension)
+
+    def cpu_reason(self) -> str | None:
+        """Tells why an index of this factory string stays on the CPU; None: it has a GPU form."""
+        with suppress(RuntimeError):  # a string that FAISS refuses is for `check` to tell
+            index = faiss.index_factory(SAMPLE_DIMENSION, self.factory, faiss.METRIC_L2)
+            return faiss_gpu.cpu_reason(index, self.nprobe, self.parameters)
+        return f"FAISS has no GPU form of {self.factory!r}"
 
     def build(self, points: Points, ids: Int64Array | None = None) -> FaissSearcher:
         """Trains an index and adds all points.
@@ -203,10 +211,11 @@ class FaissSearcher:
         Raises:
             EmbeddingError: more candidates than FAISS finds on a GPU.
         """
-        if self.settings.use_gpu and num > MOST_ON_GPU:
+        if self.settings.use_gpu and num > faiss_gpu.MAX_SELECTED:
             raise EmbeddingError(
                 f"faiss: a query needs {num} candidates, as many as k times rescore_factor and what it excludes (its "
-                f"sequence) come to; on a GPU there are at most {MOST_ON_GPU}: search this gallery without use_gpu."
+                f"sequence) come to; on a GPU there are at most {faiss_gpu.MAX_SELECTED}: set "
+                "scaling.gpu.gallery: false."
             )
         with _threads(self.settings.num_threads):
             positions: Int64Array = self.index.search(points, num)[1]
@@ -241,13 +250,15 @@ class FaissSearcher:
 
 def _on_gpu(index: Any, factory: str) -> Any:
     if not faiss.get_num_gpus():
-        raise ResourceError("faiss: use_gpu is set, but FAISS sees no GPU; leave it out, or run where there is one.")
+        raise ResourceError(
+            "faiss: use_gpu is set, but FAISS sees no GPU: set scaling.gpu.gallery: false, or run where there is one."
+        )
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     except RuntimeError as error:
         raise ConfigError(
-            f"faiss: {factory!r} cannot be searched on a GPU: {_reason(error)}. Leave use_gpu out, or choose Flat, "
-            "IVF...,Flat or IVF...,PQ...."
+            f"faiss: {factory!r} cannot be searched on a GPU: {_reason(error)}. Set scaling.gpu.gallery: false, "
+            "or choose Flat, IVF...,Flat or IVF...,PQ...."
         ) from None
 
 

@@ -72,6 +72,10 @@ class HnswlibSettings:
         """
         _hnswlib()
 
+    def cpu_reason(self) -> str:
+        """Tells that no GPU can search such a graph."""
+        return "hnswlib has no GPU form"
+
     def build(self, points: Points, ids: Int64Array | None = None) -> HnswlibSearcher:
         """Links all points.
 

@@ -58,6 +58,9 @@ class Settings(Protocol):
     def check(self, dimension: int) -> None:
         """Refuses what no index of points (G, dimension) can have, before there are any."""
 
+    def cpu_reason(self) -> str | None:
+        """Tells why no GPU can search such an index; None: one can. Decided without a GPU."""
+
     def build(self, points: Points, ids: Int64Array | None = None) -> Searcher:
         """Builds an index of all points that searches with these settings, and knows them by other ids if need be."""
 

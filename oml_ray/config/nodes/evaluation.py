@@ -13,7 +13,7 @@ from oml_ray.config.nodes.rerank import OfDistances, OfExpansion, OfNormalisatio
 
 class Embed(Node):
     actors: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 1
-    """Processes that embed, one GPU each where there are GPUs; [least, most]: as many as have work."""
+    """Processes that embed, one GPU each with scaling.use_gpu; [least, most]: as many as have work."""
     batch_size: Positive = 128
     """Images in one forward pass."""
     rows_per_part: Positive = 1024
@@ -22,6 +22,11 @@ class Embed(Node):
     """CPUs (and compute threads) of an actor."""
     dtype: Literal["float32", "float16"] = "float32"
     """How the store keeps embeddings."""
+
+    @property
+    def least_actors(self) -> int:
+        """How many processes there must be."""
+        return self.actors if isinstance(self.actors, int) else self.actors[0]
 
     @property
     def most_actors(self) -> int:

@@ -85,6 +85,10 @@ class Training(Node):
     """Steps between two entries of the TensorBoard events and of the progress line."""
 
 
+Stage = Literal["workers", "embedding", "gallery"]
+"""Stages that may run on GPUs: the keys of `scaling.gpu`."""
+
+
 class Checkpoint(Node):
     every_steps: Positive | None = None
     """Also checkpoint after every so many steps; null: at the end of epochs only."""
@@ -123,12 +127,24 @@ class Placements(Node):
     """Actors that search."""
 
 
+class StageGpus(Node):
+    workers: bool | None = None
+    """Training processes get a GPU each; null: as scaling.use_gpu says."""
+    embedding: bool | None = None
+    """Actors that embed, or score pairs of images, get a GPU each; null: as scaling.use_gpu says."""
+    gallery: bool | None = None
+    """Gallery shards search on GPUs: one each, or several on each where there are fewer GPUs than shards; indexes that
+    have no GPU form stay on the CPU. null: as scaling.use_gpu says."""
+
+
 class Scaling(Node):
     num_workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 2
     """Training processes; [least, most]: as many as the cluster has room for; when nodes come or go, training goes on
     from its last checkpoint."""
     use_gpu: bool = False
-    """Give every worker and every actor a GPU."""
+    """Run training, embedding and gallery search on GPUs: the short form of `gpu`."""
+    gpu: StageGpus = StageGpus()
+    """Which stages run on GPUs, e.g. {gallery: false} where the gallery lies on nodes without GPUs."""
     cpus_per_worker: Positive = 1
     """CPUs (and compute threads) of a worker."""
     data_cpus: Positive = 1
@@ -156,6 +172,11 @@ class Scaling(Node):
     def least_workers(self) -> int:
         """How many training processes there must be."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    def uses_gpu(self, stage: Stage) -> bool:
+        """Whether the processes of a stage run on GPUs."""
+        switch: bool | None = getattr(self.gpu, stage)
+        return self.use_gpu if switch is None else switch
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
