@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.usefixtures("four_gpus"), pytest.mark.timeout(180)]
 GPUS = {"use_gpu": True}
 ONE_WORKER = {"use_gpu": True, "num_workers": 1}
 EXTRACTOR = {"name": "timm", "model": "test_vit"}
+ONE_EPOCH = {"epochs": 1, "precision": "fp64"}
 METRICS = {"cmc": [1, 2], "precision": [2], "map": [2], "bootstrap": {"samples": 20}}
 
 
@@ -81,6 +82,7 @@ def test_embedding_and_evaluation_of_the_store(store: Path, tmp_path: Path, capf
     assert found["counts"]["queries"] == 12
 
 
+@pytest.mark.slow
 def test_an_index_without_a_gpu_form_stays_on_the_cpu(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,34 +129,30 @@ def test_images_that_are_embedded_for_an_evaluation_and_for_a_search(small_table
 
 @pytest.mark.slow
 def test_a_training_of_two_workers(small_table: Path, tmp_path: Path) -> None:
-    runs = [
-        run("train", tmp_path / name, train_config(small_table, tmp_path / name, scaling=scaling))
-        for name, scaling in (("gpu", GPUS), ("cpu", {"num_workers": 2}))
-    ]
-    assert metrics(runs[0])["overall"] == metrics(runs[1])["overall"]
+    config = train_config(small_table, tmp_path, scaling=GPUS, training=ONE_EPOCH)
+    assert metrics(run("train", tmp_path, config))["counts"]["queries"] == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [2, [1, 4]], ids=["fixed", "elastic"])
-def test_asynchronous_validation_beside_a_training(
-    num_workers: int | list[int], small_table: Path, tmp_path: Path
-) -> None:
-    """Elastic workers leave the GPU that validation embeds and searches on."""
+def test_asynchronous_validation_beside_an_elastic_training(small_table: Path, tmp_path: Path) -> None:
+    """As many workers as there is room for leave the GPU that validation embeds and searches on."""
     config = train_config(
         small_table,
         tmp_path,
-        scaling={"use_gpu": True, "num_workers": num_workers},
+        scaling={"use_gpu": True, "num_workers": [1, 4]},
+        training=ONE_EPOCH,
         validation={"mode": "async"},
         evaluation={"metrics": METRICS, "gallery": {"shards": 3}},
     )
     history = (run("train", tmp_path, config) / "history.jsonl").read_text()
     rows = [json.loads(line) for line in history.splitlines()]
-    assert [row["epoch"] for row in rows if row["kind"] == "validation"] == [-1, 0, 1]
+    assert [row["epoch"] for row in rows if row["kind"] == "validation"] == [-1, 0]
 
 
 @pytest.mark.slow
 def test_a_postprocessor(small_table: Path, store: Path, tmp_path: Path) -> None:
     config = train_config(small_table, tmp_path, scaling=ONE_WORKER, evaluation={"metrics": METRICS, "depth": 6})
+    config["training"] = ONE_EPOCH
     del config["extractor"]
     config |= {
         "data": {"table": str(small_table), "store": str(store)},
@@ -168,7 +166,10 @@ def test_a_postprocessor(small_table: Path, store: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_sweep(small_table: Path, tmp_path: Path) -> None:
-    base = train_config(small_table, tmp_path, scaling=ONE_WORKER, validation={"mode": "async"})
+    """Two trials side by side, each with a GPU for its worker and one for its validations."""
+    async_at_end = {"mode": "async", "at_start": False}
+    base = train_config(small_table, tmp_path, scaling=ONE_WORKER, training=ONE_EPOCH, validation=async_at_end)
+    base["evaluation"]["gallery"] = {"shards": 1}
     config = {"base": base, "space": {"criterion.margin": {"grid": [0.1, 0.2]}}, "tune": {"num_samples": 1}}
     found = json.loads((run("sweep", tmp_path, config) / "results.json").read_text())
     assert found["counts"] == {"finished": 2, "stopped": 0, "failed": 0}

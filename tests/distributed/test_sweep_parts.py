@@ -19,6 +19,7 @@ from rich.console import Console
 
 from oml_ray.cli import main
 from oml_ray.config import SweepConfig, TrainConfig, load, load_sweep
+from oml_ray.config.nodes import Scaling
 from oml_ray.distributed import optuna_search, sweep_resources, sweep_results, sweep_runs, sweep_table, tuning
 from oml_ray.distributed.trials import Record, Trial
 from oml_ray.errors import ResourceError, RunError
@@ -43,7 +44,7 @@ def node(cpus: float, gpus: float = 0.0) -> dict[str, Any]:
     return {"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
 
 
-def fits_everywhere(num_trials: int, scaling: Any, nodes: list[tuple[int, int]]) -> bool:
+def fits_everywhere(num_trials: int, scaling: Scaling, nodes: list[tuple[int, int]], gpus_beside: int) -> bool:
     """The definition, by trying every place of every driver."""
     workers = num_trials * scaling.most_workers
     found = False
@@ -53,9 +54,12 @@ def fits_everywhere(num_trials: int, scaling: Any, nodes: list[tuple[int, int]])
             continue
         found = True
         room = [cpus // scaling.cpus_per_worker for cpus in left]
-        if scaling.use_gpu:
+        if scaling.uses_gpu("workers"):
             room = [min(cpus, gpus) for cpus, (_, gpus) in zip(room, nodes, strict=True)]
+        gpus = num_trials * gpus_beside + workers * scaling.uses_gpu("workers")
         if sum(room) < workers or sum(left) < workers * scaling.cpus_per_worker + num_trials * scaling.data_cpus:
+            return False
+        if sum(each for _, each in nodes) < gpus:
             return False
     return found
 
@@ -64,17 +68,19 @@ def fits_everywhere(num_trials: int, scaling: Any, nodes: list[tuple[int, int]])
 @given(
     nodes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=3),
     num_trials=st.integers(1, 4),
-    most_workers=st.integers(1, 3),
+    num_workers=st.integers(1, 3),
     cpus_per_worker=st.integers(1, 4),
     data_cpus=st.integers(1, 2),
     use_gpu=st.booleans(),
+    gpus_beside=st.integers(0, 2),
 )
 def test_trials_fit_if_they_do_wherever_their_drivers_are(
-    nodes: list[tuple[int, int]], num_trials: int, **scaling: Any
+    nodes: list[tuple[int, int]], num_trials: int, gpus_beside: int, **scaling: Any
 ) -> None:
-    asked = SimpleNamespace(**scaling)
+    asked = Scaling(**scaling)
     free = [(float(cpus), float(gpus)) for cpus, gpus in nodes]
-    assert sweep_resources._fit(num_trials, asked, asked.data_cpus, free) == fits_everywhere(num_trials, asked, nodes)  # type: ignore[arg-type]
+    fits = sweep_resources._fit(num_trials, asked, asked.data_cpus, free, gpus_beside)
+    assert fits == fits_everywhere(num_trials, asked, nodes, gpus_beside)
 
 
 def test_as_many_trials_as_the_cluster_has_room_for(tmp_path: Path) -> None:
