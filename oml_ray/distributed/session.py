@@ -6,9 +6,7 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,8 +15,8 @@ from typing import Any
 import ray
 from ray.data import DataContext
 from ray.exceptions import RayError
-from ray.util import get_node_ip_address
 
+from oml_ray.distributed.runtime import local_ray
 from oml_ray.distributed.runtime.devices import num_fake_gpus
 from oml_ray.distributed.runtime.gpu_check import check_local_gpus
 from oml_ray.distributed.runtime.resources import Needs, check_resources
@@ -100,54 +98,14 @@ def quiet() -> None:
 
 
 def _start(needs: Needs, dashboard: bool) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     address = os.environ.get("RAY_ADDRESS")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notices about future defaults of Ray
-            if address:
-                ray.init(address=address, **options)
-            else:
-                cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
-                with _told_to_workers():
-                    ray.init(
-                        address="local",
-                        num_cpus=cpus,
-                        include_dashboard=dashboard,
-                        # Its own even where there is none: Ray's actors would take what listens at 8265 for theirs, as
-                        # Train's (2.60), which then ends a training whose controller another Ray does not know.
-                        dashboard_port=_free_port(),
-                        num_gpus=num_fake_gpus() or None,  # else Ray counts them
-                        **options,
-                    )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        if address:
+            local_ray.connect(address=address)
+        else:
+            num_cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
+            # Without simulated GPUs Ray counts those of the machine.
+            local_ray.start(num_cpus, num_gpus=num_fake_gpus() or None, dashboard=dashboard)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
         raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None
-
-
-@contextmanager
-def _told_to_workers() -> Iterator[None]:
-    """Have the workers of a Ray that is started in the body of a `with` know its address, and that it is one machine.
-
-    Where several Rays run on one machine, those of Ray's actors that ask the dashboard (2.60: Train's, which give back
-    what a stopped trial held) would not know which to ask. And nobody announces the end of the only machine: the actor
-    that listens for that would take its part of the start.
-    """
-    port, ip = _free_port(), get_node_ip_address()  # type: ignore[no-untyped-call]
-    given = {
-        "RAY_GCS_SERVER_PORT": str(port),
-        "RAY_ADDRESS": f"{ip}:{port}",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    }
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name in given:
-            del os.environ[name]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
