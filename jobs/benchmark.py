@@ -15,6 +15,8 @@ from typing import Any
 from jobs.benchmarks import decode, embed, learning, memory, peers, plot, retrieval, sampling, scale, train, validation
 from jobs.benchmarks import input as input_suite
 from jobs.benchmarks.figure import Figure
+from oml_ray import build
+from oml_ray.config import nodes
 from oml_ray.errors import OmlRayError
 
 SUITES: dict[str, Callable[..., Iterable[Figure]]] = {
@@ -61,6 +63,8 @@ def main() -> None:
     parsed = parser.parse_args()
     options: dict[str, Any] = {"table": parsed.table, "root": parsed.root, "rounds": parsed.rounds}
     parts = PARTS.get(parsed.suite, ())
+    if parsed.rounds < 1:
+        parser.error(f"--rounds: should be at least 1, found {parsed.rounds}")
     unknown = sorted(set(parsed.only) - set(parts))
     if unknown:
         parser.error(f"--only: {parsed.suite} has no {', '.join(unknown)}, but {', '.join(parts) or 'no parts'}")
@@ -71,6 +75,8 @@ def main() -> None:
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
     try:
+        if parsed.table is not None:  # before a suite starts processes that would each find the same fault
+            build.table(nodes.Data(table=parsed.table, root=parsed.root), storage=str(parsed.out.parent))
         for figure in SUITES[parsed.suite](**options):
             if figure.setting and figure.setting not in [earlier.setting for earlier in figures]:
                 print(f"\n{figure.setting}")

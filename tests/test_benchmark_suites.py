@@ -234,6 +234,18 @@ def test_what_is_shared_stands_once_above_and_a_user_error_is_one_message(
     assert "one (s)" in out.with_suffix(".svg").read_text()  # of what was measured before
 
 
+@pytest.mark.parametrize("suite", ["train", "input", "peers"])
+def test_a_table_that_is_missing_is_one_message(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = str(tmp_path / "missing.csv")
+    monkeypatch.setattr(sys, "argv", ["benchmark", suite, "--table", table, "--out", str(tmp_path / "b.json")])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"table {table}: there is no such file\n"
+
+
 def test_parts_are_those_of_the_suite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark", "peers", "--only", "evaluate", "within"])
     with pytest.raises(SystemExit):
