@@ -1,7 +1,8 @@
 """One plain process of a gloo group (or alone): trains each config of a file with the local context.
 
 Run as: gloo_worker.py RANK WORLD_SIZE RENDEZVOUS CASES. A case is {"config": ..., "stop_after": steps or null,
-"result": path}; rank 0 writes the final extractor and the history's validation rows there.
+"result": path, "broken_shard_of_rank": rank or absent}; rank 0 writes the final extractor and the history's validation
+rows there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from oml_ray import build
 from oml_ray.config import TrainConfig, validate
 from oml_ray.data.stream import PlannedBatch
+from oml_ray.errors import RunError
 from oml_ray.training.context import LocalContext, LocalStream
 from oml_ray.training.run_directory import RunDirectory
 
@@ -47,9 +49,22 @@ def run(case: dict) -> None:  # type: ignore[type-arg]
     context = LocalContext(stream)
     run_directory = RunDirectory(config.run.storage, config.run.name)
     loop = build.loop(config, table, stream.plan, context, run_directory)
+    if case.get("broken_shard_of_rank") == context.rank:
+        steps = iter(range(stream.plan.steps_per_epoch - 1, -1, -1))  # that are left of the first epoch
+
+        def break_last(*_: object) -> None:
+            if next(steps) == 0:
+                loop.updates.head.weight.fill_(torch.nan)
+
+        loop.updates.optimizer.register_step_post_hook(break_last)
     try:
         loop.train()
     except KilledError:
+        return
+    except RunError as error:
+        if "broken_shard_of_rank" not in case:
+            raise
+        Path(case["result"] + ".error.json").write_text(json.dumps(str(error)))
         return
     if context.rank == 0 and case.get("result"):
         state = {name: value for name, value in loop.learner.state_dict().items() if isinstance(value, torch.Tensor)}

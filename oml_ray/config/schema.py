@@ -16,7 +16,7 @@ class TrainConfig(Node):
 
     seed: nodes.Seed = 42
     """Seed of everything random."""
-    run: nodes.Run
+    run: nodes.TrainRun
     """Where the run lives."""
     data: nodes.TrainData
     """What it learns from."""

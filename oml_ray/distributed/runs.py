@@ -14,15 +14,13 @@ from oml_ray.config import (
     SearchConfig,
     SweepConfig,
     TrainConfig,
-    differing_keys,
     dump,
     nodes,
     parse_yaml,
-    stored,
 )
 from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.distributed.progress import say
-from oml_ray.distributed.runtime import driver_log
+from oml_ray.distributed.runtime import driver_log, resume
 from oml_ray.errors import ConfigError, RunError
 from oml_ray.redaction import redacted
 from oml_ray.training import checkpoint as checkpoints
@@ -127,35 +125,43 @@ def check_name(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> bool:
     Raises:
         RunError: names the keys that differ.
     """
+    return changes(config, may_differ) is not None
+
+
+def changes(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> list[str] | None:
+    """List how a config differs from that of the run that it continues, None where the name holds no run.
+
+    Raises:
+        RunError: keys differ that may not.
+    """
     if config.run.resume == "never":
-        return False
+        return None
     uri = join(config.run.storage, config.run.name)
     filesystem, path = resolve(uri)
     try:
         with filesystem.open_input_stream(f"{path}/{CONFIG}") as stream:
             text = stream.read().decode()
     except OSError:
-        return False
+        return None
     # Both without credentials, which no run keeps: other ones do not make it another run.
-    old, new = redacted(parse_yaml(text, f"{uri}/{CONFIG}")), stored(config)
-    differing = [
-        key for key in differing_keys(old, new) if not any(f"{key}.".startswith(f"{other}.") for other in may_differ)
-    ]
-    if differing:
-        raise RunError(
-            f"run.name: {config.run.name!r} under {config.run.storage} was run with another config; differing keys: "
-            f"{', '.join(differing)}. Choose another run.name, or replace the old run with run.resume: never."
-        )
-    return True
+    return resume.check_changes(config, redacted(parse_yaml(text, f"{uri}/{CONFIG}")), may_differ, uri)
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run of this config has its metrics; says so."""
+    """Whether the run of this config has its metrics, and is not to be trained for more epochs; says so."""
     uri = join(config.run.storage, config.run.name)
-    if config.run.resume == "never" or not exists(join(uri, METRICS)):
+    if config.run.resume == "never" or not exists(join(uri, METRICS)) or _is_to_be_trained(config):
         return False
     say(f"{uri} is finished; its report is {join(uri, REPORT)} (run.resume: never starts it afresh).")
     return True
+
+
+def _is_to_be_trained(config: Config) -> bool:
+    """Whether the last checkpoint of a training lies before its end."""
+    if not isinstance(config, TrainConfig):
+        return False
+    done = resume.epochs_done(join(config.run.storage, config.run.name))
+    return done is not None and done < config.training.epochs
 
 
 def say_checked(config: Config) -> None:
@@ -183,6 +189,8 @@ def open_run(config: Config) -> RunDirectory:
         results = [METRICS, REPORT, NEIGHBORS, PER_QUERY, QUERIES, EMBEDDINGS]
         clear(run, [*results, *TRACKING, "checkpoints", "validations", "tensorboard", "history.jsonl",
                     driver_log.FOLDER, CONFIG])  # fmt: skip
+    elif _is_to_be_trained(config):  # the metrics first: what a finished run of fewer epochs has is made anew
+        clear(run, [METRICS, REPORT, NEIGHBORS, PER_QUERY, EMBEDDINGS])
     # What differs by the rules (scaling, storage) is what this process was asked for.
     run.write_text(dump(config), CONFIG)
     driver_log.keep_in(run)

@@ -130,6 +130,8 @@ def train(config: TrainConfig) -> None:
     if runs.is_finished(config):
         return
     build.check_tracking(config)
+    for change in runs.changes(config) or ():
+        say(f"continued with {change}")
     run = runs.open_run(config)
     with tracked(config, run), session(_all_needs(config)), unwrapped():
         fit(config, table, run)

@@ -25,9 +25,10 @@ from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import sharded_checkpoint
 from oml_ray.training.checkpoint import Checkpoint, Position
 from oml_ray.training.context import Context, all_objects, seed_step
+from oml_ray.training.divergence import divergence_error
 from oml_ray.training.elsewhere import Validations
 from oml_ray.training.judging import Judging
-from oml_ray.training.optimizers import Factor
+from oml_ray.training.optimizers import RATES, Factor, keeps_state
 from oml_ray.training.records import Records
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.settings import Settings
@@ -128,7 +129,7 @@ class Loop:
         """Train to the end of the last epoch, or until asked to stop, validating and checkpointing on the way.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss or the parameters are not finite.
         """
         settings, start = self.settings, self.position
         self.wrap()
@@ -180,7 +181,8 @@ class Loop:
         self._is_new = found is None
         if found is not None:
             try:
-                self.updates.load_state_dict(found.training, found.extractor)
+                with_optimizer = self._keeps_optimizer_state(found)
+                self.updates.load_state_dict(found.training, found.extractor, with_optimizer=with_optimizer)
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise CheckpointError(
@@ -211,8 +213,17 @@ class Loop:
             )
         head = self.updates.head
         if head is not None:
+            if not self._keeps_optimizer_state(found):
+                raise RunError(
+                    f"The sharded head of {self.run.uri} goes on with the state of its optimizer: of optimizer, only "
+                    f"{', '.join(RATES)} may change when the run is continued. Choose another run.name."
+                )
             checkpoints.check(folder, sharded_checkpoint.overlapping(head, (file.name for file in folder.iterdir())))
             sharded_checkpoint.read_parts(head, folder)
+
+    def _keeps_optimizer_state(self, found: Checkpoint) -> bool:
+        old, new = ({**meta.get("config", {})}.get("optimizer", {}) for meta in (found.meta, self.meta))
+        return keeps_state(old, new)
 
     def wrap(self) -> None:
         """(Re)build DDP for the present epoch: it counts the learning parameters once, when it is built."""
@@ -240,10 +251,7 @@ class Loop:
         loss, logs = self._wrapped(images, labels, self.bounds)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise RunError(
-                f"The loss became {value} at step {step} (epoch {planned.epoch}): lower optimizer.lr, set "
-                "training.clip_grad_norm, or use training.precision: fp32."
-            )
+            raise self._diverged(f"The loss became {value} at step {step} (epoch {planned.epoch})")
         logs.update(self.updates.apply(loss, step))
         self.position = Position(planned.epoch, planned.step + 1, step + 1)
         self.epoch.loss += value
@@ -323,8 +331,34 @@ class Loop:
             self.records.scores(row)
         return rows, self.validations.waiting()
 
+    def _check_finite(self) -> None:
+        """Refuse to go on from weights that an update broke; called by every rank.
+
+        Raises:
+            RunError: some are not finite.
+        """
+        by_rank = all_objects(self.updates.not_finite(), self.context)  # a sharded head differs between ranks
+        names = list(dict.fromkeys(name for names in by_rank for name in names))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise self._diverged(
+                f"The parameters are not finite after step {self.position.global_step} ({names[0]}{more}), though the "
+                "loss was: the update was too large, or a gradient overflowed"
+            )
+
+    def _diverged(self, what: str) -> RunError:
+        return divergence_error(
+            what,
+            lr=self.updates.optimizer.defaults["lr"],
+            clip_grad_norm=self.settings.clip_grad_norm,
+            is_half=self.settings.precision in AUTOCAST,
+            last_checkpoint=(self.run.read_text(checkpoints.FOLDER, "last") or "").strip() or None,
+        )
+
     def _validate(self, epoch: int) -> bool:
         """Score the extractor; whether it is the best so far."""
+        if epoch >= 0:
+            self._check_finite()
         start = time.perf_counter()
         if self.context.world_size > 1:
             # Batch statistics are each rank's own between two steps: rank 0's are the ones that are kept.
@@ -347,6 +381,12 @@ class Loop:
         return is_best
 
     def _save(self, *, is_best: bool) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            RunError: it would hold what is not finite.
+        """
+        self._check_finite()
         bad_images, head = self._bad_images_of_all_ranks(), self.updates.head
         if self._writes:
             sums = self.epoch

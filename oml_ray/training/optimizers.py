@@ -17,6 +17,8 @@ from oml_ray.errors import ConfigError, reason_of
 from oml_ray.learning.learner import Learner
 from oml_ray.learning.pair_learner import PairLearner
 
+RATES = ("lr", "criterion_lr", "projection_lr", "weight_decay")
+
 Factor = Callable[[int], float]
 T = TypeVar("T")
 
@@ -80,6 +82,24 @@ def build_optimizer(
     ]
     make: Callable[..., torch.optim.Optimizer] = partial(kind, groups)
     return make_checked(make, kind.__name__, rates, options or {})
+
+
+def keeps_state(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether an optimizer goes on with the state (moments, step counts) of another.
+
+    Rates may differ; name, options and what decides on the parameter groups may not.
+
+    Args:
+        old: arguments of `build_optimizer` that the state was made with; those that it lacks are taken to be equal.
+        new: the present ones.
+
+    Example:
+        >>> old = {"name": "adamw", "lr": 0.1, "weight_decay": 0.1}
+        >>> keeps_state(old, {**old, "lr": 0.01}), keeps_state(old, {**old, "name": "sgd"})
+        (True, False)
+    """
+    same_groups = (old.get("weight_decay", 0) > 0) == (new.get("weight_decay", 0) > 0)
+    return same_groups and all(new[key] == old.get(key, new[key]) for key in new if key not in RATES)
 
 
 def make_checked(make: Callable[..., T], name: str, rates: Mapping[str, float], options: Mapping[str, Any]) -> T:

@@ -13,6 +13,7 @@ from oml_ray.learning.learner import Learner
 from oml_ray.learning.pair_learner import PairLearner
 from oml_ray.learning.sharded_head import ShardedHead
 from oml_ray.learning.siamese import PairModel
+from oml_ray.training.divergence import not_finite
 from oml_ray.training.optimizers import Factor
 
 
@@ -51,6 +52,9 @@ class Updates:
         self.head = next((part for part in learner.modules() if isinstance(part, ShardedHead)), None)
         self.average = None if ema_decay is None else WeightAverage(learner.extractor, decay=ema_decay, warmup=True)
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+        # A network may hold infinite constants, such as the mask of an attention.
+        self._infinite_constants: frozenset[str] = frozenset()
+        self._infinite_constants = frozenset(self.not_finite())
 
     @property
     def evaluated(self) -> Extractor | PairModel:
@@ -132,8 +136,32 @@ class Updates:
             state["num_updates"] = self.average.num_updates
         return state
 
-    def load_state_dict(self, state: dict[str, Any], evaluated: dict[str, Tensor]) -> None:
+    def not_finite(self) -> list[str]:
+        """Name all weights and buffers with a NaN or an infinity, of what a checkpoint keeps; waits for the device."""
+        states = {"": self.learner.state_dict()}
+        if self.average is not None:
+            states["average."] = self.average.averaged.state_dict()
+        if self.head is not None:
+            states["sharded_head."] = {"weight": self.head.weight}
+        tensors = {
+            f"{prefix}{name}": tensor
+            for prefix, state in states.items()
+            for name, tensor in state.items()
+            if isinstance(tensor, Tensor)
+        }
+        return [name for name in not_finite(tensors) if name not in self._infinite_constants]
+
+    def load_state_dict(
+        self, state: dict[str, Any], evaluated: dict[str, Tensor], *, with_optimizer: bool = True
+    ) -> None:
         """Continue from what `state_dict` gave and the state of the evaluated extractor.
+
+        The present rates and options of the optimizer stay: they may have changed since.
+
+        Args:
+            state: of the training.
+            evaluated: of the evaluated extractor.
+            with_optimizer: whether the optimizer goes on with its old state.
 
         Raises:
             RuntimeError, ValueError, KeyError: they are of another architecture.
@@ -142,5 +170,12 @@ class Updates:
         if self.average is not None:
             self.average.load_state_dict({"num_updates": state["num_updates"], "averaged": evaluated})
         self.learner.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if with_optimizer:
+            options = [
+                {name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups
+            ]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, present in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(present)
+        if state["scaler"]:  # which no other precision than float16 has
+            self.scaler.load_state_dict(state["scaler"])

@@ -209,3 +209,77 @@ def test_compile_without_a_compiler_is_refused(
         loop(small_table, tmp_path, training={"compile": True})
     monkeypatch.setenv("CXX", sys.executable)  # any program: torch asks it for its version
     loop(small_table, tmp_path, training={"compile": True})
+
+
+def without(**nodes: Any) -> dict[str, Any]:
+    return {"validation": {"every": 0, "at_start": False}, "schedule": {"name": "constant"}, **nodes}
+
+
+def test_a_changed_learning_rate_is_that_of_the_continued_run(small_table: Path, tmp_path: Path) -> None:
+    """Plain SGD moves by the learning rate times the gradient: a tenth of the rate moves a tenth as far."""
+    moved = []
+    for number, lr in enumerate((0.1, 0.01)):
+        folder = tmp_path / str(number)
+        sgd = {"name": "sgd", "weight_decay": 0.0}
+        training = {"epochs": 1, "precision": "fp64"}
+        loop(small_table, folder, **without(training=training, optimizer={**sgd, "lr": 0.1})).train()
+        training = {"epochs": 2, "precision": "fp64"}
+        continued = loop(small_table, folder, **without(training=training, optimizer={**sgd, "lr": lr}))
+        before = [parameter.detach().clone() for parameter in continued.learner.parameters()]
+        continued.wrap()
+        continued.learn(next(iter(continued.context.stream.training(1, 0, 2))))
+        moved.append(
+            torch.cat(
+                [
+                    (after.detach() - old).ravel()
+                    for after, old in zip(continued.learner.parameters(), before, strict=True)
+                ]
+            )
+        )
+    torch.testing.assert_close(moved[1], moved[0] / 10)
+
+
+def test_the_state_of_an_optimizer_continues_at_another_rate_alone(small_table: Path, tmp_path: Path) -> None:
+    loop(small_table, tmp_path, **without(training={"epochs": 1})).train()
+    training = {"epochs": 2}
+    rate = loop(small_table, tmp_path, **without(training=training, optimizer={"lr": 0.5, "weight_decay": 0.25}))
+    steps = {int(state["step"]) for state in rate.updates.optimizer.state.values()}
+    assert steps == {4}
+    assert {group["weight_decay"] for group in rate.updates.optimizer.param_groups} == {0.25}
+    for optimizer in ({"name": "sgd", "lr": 1e-3}, {"options": {"amsgrad": True}}):
+        other = loop(small_table, tmp_path, **without(training=training, optimizer=optimizer))
+        assert not other.updates.optimizer.state
+    other.train()
+    assert other.position.epoch == 2
+
+
+def test_a_sharded_head_refuses_another_optimizer(small_table: Path, tmp_path: Path) -> None:
+    head = {"criterion": {"name": "arcface", "head": {"sharded": True}}}
+    loop(small_table, tmp_path, **without(training={"epochs": 1}, **head)).train()
+    loop(small_table, tmp_path, **without(training={"epochs": 2}, optimizer={"lr": 0.5}, **head))
+    with pytest.raises(RunError, match=r"of optimizer, only lr, criterion_lr, projection_lr, weight_decay may change"):
+        loop(small_table, tmp_path, **without(training={"epochs": 2}, optimizer={"name": "sgd"}, **head))
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "fp32"), ("fp32", "fp16")])
+def test_the_precision_of_a_continued_run_may_change(
+    small_table: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    loop(small_table, tmp_path, **without(training={"epochs": 1, "precision": before})).train()
+    continued = loop(small_table, tmp_path, **without(training={"epochs": 2, "precision": after}))
+    assert continued.position.epoch == 1
+    continued.train()
+    assert continued.position.epoch == 2
+
+
+def test_more_epochs_end_where_one_longer_run_does(small_table: Path, tmp_path: Path) -> None:
+    """With a schedule that does not depend on its end, one epoch and then two are the same as two at once."""
+    for epochs in (1, 2):
+        continued = loop(small_table, tmp_path / "continued", **without(training={"epochs": epochs}))
+        continued.train()
+    at_once = loop(small_table, tmp_path / "at_once", **without(training={"epochs": 2}))
+    at_once.train()
+    for one, other in zip(continued.learner.parameters(), at_once.learner.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    kinds = [[(row["kind"], row["epoch"]) for row in each.records.history.rows] for each in (continued, at_once)]
+    assert kinds[0] == kinds[1] == [("train", 0), ("train", 1)]

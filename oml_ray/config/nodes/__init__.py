@@ -31,6 +31,7 @@ from oml_ray.config.nodes.criteria import (
     Triplet,
 )
 from oml_ray.config.nodes.data import (
+    ALLOWED_CHANGES,
     Color,
     CropFlip,
     Data,
@@ -46,6 +47,7 @@ from oml_ray.config.nodes.data import (
     Run,
     SplitData,
     TrainData,
+    TrainRun,
     Transform,
     Transforms,
 )
@@ -111,6 +113,7 @@ from oml_ray.config.nodes.training import (
 )
 
 __all__ = [
+    "ALLOWED_CHANGES",
     "AdaptiveThreshold",
     "AllMiner",
     "ArcFace",
@@ -214,6 +217,7 @@ __all__ = [
     "TimmExtractor",
     "Tracker",
     "TrainData",
+    "TrainRun",
     "Training",
     "Transform",
     "Transforms",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from oml_ray.config.nodes.base import Node, Positive, Probability, Rate
 
@@ -20,6 +20,33 @@ class Run(Node):
     """Path or URI under which runs lie; on a cluster all nodes must reach it."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue an unfinished run of the same config; never: start afresh, replacing what the name holds."""
+
+
+ALLOWED_CHANGES = (
+    "optimizer",
+    "schedule",
+    "training.clip_grad_norm",
+    "training.epochs",
+    "training.precision",
+    "validation",
+)  # keys that run.allow_changes may name, with all keys below them
+
+
+class TrainRun(Run):
+    allow_changes: list[str] = []
+    """Keys that may differ from those of the run that is continued, e.g. [optimizer.lr]: keys of optimizer, schedule
+    and validation, training.clip_grad_norm, training.epochs, training.precision."""
+
+    @field_validator("allow_changes")
+    @classmethod
+    def _may_change(cls, value: list[str]) -> list[str]:
+        for key in value:
+            if not any(f"{key}.".startswith(f"{allowed}.") for allowed in ALLOWED_CHANGES):
+                raise ValueError(
+                    f"allow_changes: {key!r} may not change when a run is continued; allowed: "
+                    f"{', '.join(ALLOWED_CHANGES)}, and keys below these"
+                )
+        return value
 
 
 class Data(Node):
