@@ -169,7 +169,7 @@ def learner(
     if training.channels_last:
         built.use_channels_last()
     if training.compile:
-        check_compiler("cuda" if config.scaling.use_gpu else "cpu")
+        check_compiler("cuda" if config.scaling.uses_gpu("workers") else "cpu")
         built.compile()
     options: dict[str, Any] = {"autocast": AUTOCAST.get(training.precision), "micro_batch": training.micro_batch}
     if isinstance(built, PairModel):
