@@ -139,6 +139,15 @@ class GalleryPool:
             self.second_searches += sum(answer.second_searches for answer in answers)
             yield block, merge([answer.neighbors for answer in answers], k)
 
+    def farthest(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Float32Array]]:
+        """Compute the distance of each query to the farthest instance of the gallery; yields blocks in order."""
+
+        def ask(block: Block, embeddings: Any) -> list[Any]:
+            return self._ask_all("farthest", embeddings, block.ids)
+
+        for block, answers in self._each(blocks, ask):
+            yield block, np.max(answers, axis=0)
+
     def ranks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, ranks.Ranks]]:
         """Rank all relevant instances of query blocks over the whole gallery, in order."""
 

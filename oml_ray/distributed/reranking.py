@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig, nodes
@@ -20,7 +21,7 @@ from oml_ray.data.filesystem import join, resolve
 from oml_ray.data.samplers import Ids
 from oml_ray.distributed import pairs
 from oml_ray.distributed.gallery import GalleryPool, exactly, pool_of
-from oml_ray.distributed.progress import say
+from oml_ray.distributed.progress import counting, say
 from oml_ray.distributed.search import Embedded, Found, by_rank, neighbors_of, places_in, relevance
 from oml_ray.distributed.shard import Part
 from oml_ray.errors import ConfigError, StorageError, reason_of
@@ -31,7 +32,7 @@ from oml_ray.retrieval.neighbors_file import embeddings_writer
 from oml_ray.retrieval.rerank.diffusion import diffusion
 from oml_ray.retrieval.rerank.expansion import expanded_blocks
 from oml_ray.retrieval.rerank.graph import Graph, graph_of
-from oml_ray.retrieval.rerank.k_reciprocal import k_reciprocal
+from oml_ray.retrieval.rerank.k_reciprocal import k_reciprocal, scales_of
 from oml_ray.retrieval.rerank.normalisation import Statistics, csls, statistics_of, z_norm
 from oml_ray.retrieval.rerank.pairwise import pairs_to_judge, uncertain, with_distances
 from oml_ray.retrieval.rerank.thresholding import adaptive_threshold, constant_threshold
@@ -217,7 +218,20 @@ class _Reranking:
         part, graph = self._graph(max(node.k1, node.k2 - 1), number)
         distance = self.evaluation.gallery.distance
         options: dict[str, Any] = {"k1": node.k1, "k2": node.k2, "weight": node.weight, "distance": distance}
+        options["scales"] = np.ones(len(graph)) if node.scales == "none" else self._farthest_squares(part)
         self.neighbors = k_reciprocal(self.neighbors, self.queries, graph, part.load("re-ranking"), **options)
+
+    def _farthest_squares(self, part: Part) -> NDArray[np.float64]:
+        """Largest squared distance of each instance of a part to the others (N,), in the order of its ids."""
+        node, embedded = self._node, replace(self.asking, embeddings=part.embeddings)
+        ids, farthest = [], []
+        with counting("measuring distances", len(part.ids), "instances") as done:
+            for block, distances in self._over(part).farthest(embedded.blocks(part.ids, node.block_rows)):
+                ids.append(block.ids)
+                farthest.append(distances)
+                done(len(block.ids))
+        order = places_in(np.concatenate(ids), part.ids)
+        return scales_of(np.concatenate(farthest)[order], node.distance)
 
     def _diffusion(self, node: nodes.Diffusion, number: int) -> None:
         _, graph = self._graph(node.edges, number)

@@ -25,6 +25,7 @@ from oml_ray.retrieval import exact, ranks
 from oml_ray.retrieval.index import GalleryIndex
 from oml_ray.retrieval.neighbors import Neighbors
 from oml_ray.retrieval.pair_counts import Request, count_pairs
+from oml_ray.retrieval.rerank.farthest import farthest_distances
 from oml_ray.retrieval.rows import Float32Array, Rows
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
@@ -140,6 +141,16 @@ class GalleryShard:
         counter = exact.Counter()
         found = exact.search_both(self.rows, other.load("gallery"), k, bounds=bounds, **self._options(counter))
         return Answer(found[0], counter.second_searches), Answer(found[1])
+
+    def farthest(self, queries: Float32Array, ids: Ids) -> Float32Array:
+        """Distance of each query of a block (q, D) to the farthest instance of this shard."""
+        return farthest_distances(
+            Rows(ids, queries, name="queries"),
+            self.rows,
+            distance=self.gallery.distance,
+            block_rows=self.gallery.block_rows,
+            device=self.device,
+        )
 
     def relevant(self, queries: Float32Array, ids: Ids, labels: Ids, sequences: Ids | None) -> ranks.Relevant:
         """The relevant instances of this shard for a block of queries."""

@@ -13,15 +13,16 @@ NO_ID = -1
 
 @dataclass(frozen=True, eq=False)
 class Neighbors:
-    """For each query its nearest gallery instances, sorted by (distance, id).
+    """Nearest gallery instances of each query, by ascending distance; searches sort equal distances by id.
 
-    Arguments:
-        ids: int64 (Q, k), table rows of the neighbors; -1 beyond a query's count.
-        distances: float32 (Q, k), ascending; inf beyond a query's count.
+    Args:
+        ids: int64 (Q, k), table rows of the neighbors, each at most once per query; -1 beyond a query's count.
+        distances: float32 (Q, k), ascending, not NaN; inf beyond a query's count.
         counts: int64 (Q,), how many of the k places are filled.
 
     Raises:
-        EmbeddingError: shapes or dtypes differ from these, or the filled places are not the first `counts`.
+        EmbeddingError: shapes or dtypes differ from these, the filled places are not the first `counts`, distances
+            descend or are NaN, or a query has a neighbor twice.
 
     Example:
         >>> neighbors = Neighbors(np.array([[7, -1]]), np.array([[0.5, np.inf]], dtype=np.float32), np.array([1]))
@@ -51,6 +52,29 @@ class Neighbors:
                 f"neighbors: {wrong.sum()} queries (first: row {wrong.argmax()}) do not fill exactly their first "
                 "`counts` places; ids must be >= 0 there, -1 (with distance inf) beyond."
             )
+        ascends = (self.distances[:, 1:] >= self.distances[:, :-1]).all(axis=1) & ~np.isnan(self.distances).any(axis=1)
+        if not ascends.all():
+            raise EmbeddingError(
+                f"neighbors: {(~ascends).sum()} queries (first: row {ascends.argmin()}) have distances that descend or "
+                "are NaN; distances must ascend: sort each query's neighbors by distance."
+            )
+        ordered = np.sort(self.ids, axis=1)
+        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_ID)).any(axis=1)
+        if repeated.any():
+            raise EmbeddingError(
+                f"neighbors: {repeated.sum()} queries (first: row {repeated.argmax()}) have a neighbor more than once; "
+                "each id is allowed once per query."
+            )
+
+    @classmethod
+    def _from_valid(
+        cls, ids: NDArray[np.int64], distances: NDArray[np.float32], counts: NDArray[np.int64]
+    ) -> "Neighbors":
+        """Neighbors of rows that other Neighbors have: checking them again would cost about as much as merging."""
+        neighbors = object.__new__(cls)
+        for name, array in (("ids", ids), ("distances", distances), ("counts", counts)):
+            object.__setattr__(neighbors, name, array)
+        return neighbors
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -62,21 +86,21 @@ class Neighbors:
         return int(self.ids.shape[1])
 
     def select(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> "Neighbors":
-        """The neighbors of some queries.
+        """Select the neighbors of some queries.
 
-        Arguments:
-            rows: positions (or a mask, or a slice) of queries, in the wanted order.
+        Args:
+            rows: positions (or a mask, or a slice) of queries, in the order of the result.
 
         Returns:
             Neighbors of those queries.
         """
-        return Neighbors(self.ids[rows], self.distances[rows], self.counts[rows])
+        return Neighbors._from_valid(self.ids[rows], self.distances[rows], self.counts[rows])
 
 
 def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
-    """The k nearest over several disjoint galleries, by (distance, id).
+    """Merge the neighbors in several disjoint galleries to the k nearest, by (distance, id).
 
-    Arguments:
+    Args:
         parts: one per shard, for the same queries, each of at least k places (else nearer ones could be missing).
         k: places per query in the result.
 
@@ -84,7 +108,8 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
         Neighbors with k places, equal to those of one search over the union.
 
     Raises:
-        EmbeddingError: no parts, different numbers of queries, k < 1, or a part with fewer than k places.
+        EmbeddingError: no parts, different numbers of queries, k < 1, a part with fewer than k places, or an instance
+            that several parts have.
 
     Example:
         >>> near = Neighbors(np.array([[3]]), np.array([[0.5]], dtype=np.float32), np.array([1]))
@@ -109,9 +134,9 @@ def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
 
 
 def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
-    """The neighbors of several sets of queries, one after another.
+    """Concatenate the neighbors of several sets of queries.
 
-    Arguments:
+    Args:
         parts: at least one, all with the same number of places.
 
     Returns:
@@ -122,7 +147,7 @@ def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
     """
     if len({part.k for part in parts}) != 1:
         raise EmbeddingError(f"concatenate: found parts with k = {[part.k for part in parts]}; give parts of one k.")
-    return Neighbors(
+    return Neighbors._from_valid(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.distances for part in parts]),
         np.concatenate([part.counts for part in parts]),

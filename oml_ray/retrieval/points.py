@@ -36,7 +36,7 @@ class Points:
         block_rows: rows worked on at a time: bounds memory, never changes the result.
 
     Raises:
-        EmbeddingError: an empty gallery, repeated ids, NaN or infinite embeddings, or those that the head of this file
+        EmbeddingError: an empty gallery, NaN or infinite embeddings, or those that the head of this file
             speaks of. ConfigError: an unknown distance.
 
     Example:
@@ -54,9 +54,6 @@ class Points:
             )
         self.gallery, self.distance, self.block_rows = gallery, distance, block_rows
         self.sorted_ids = np.sort(gallery.ids)
-        repeated = self.sorted_ids[1:][self.sorted_ids[1:] == self.sorted_ids[:-1]]
-        if len(repeated):
-            raise EmbeddingError(f"{gallery.name}: found id {repeated[0]} more than once; ids are unique table rows.")
         longest = max(float(checked(gallery, block, distance)[1].max()) for block in gallery.blocks(block_rows))
         if distance == "euclidean" and 0 < longest < SHORTEST:
             raise EmbeddingError(

@@ -57,17 +57,17 @@ class FileRows:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Instances with their embeddings.
+    """Instances with their embeddings, ids and optional sequences.
 
-    Arguments:
+    Args:
         ids: int64 (n,), unique, >= 0.
         embeddings: float32 (m, d), an array, a memmap or `FileRows`: they are read block by block.
-        sequences: int64 (n,), -1 = none; or None when there are none at all.
-        places: int64 (n,), the row of `embeddings` of each instance; None: m = n, in order.
+        sequences: int64 (n,), >= -1, -1 = none; or None when there are none at all.
+        places: int64 (n,), the row of `embeddings` of each instance, 0 to m - 1; None: m = n, in order.
         name: what messages call them.
 
     Raises:
-        EmbeddingError: shapes or dtypes that do not fit, or a negative id.
+        EmbeddingError: shapes or dtypes that do not fit, negative or repeated ids, sequences or places out of range.
 
     Example:
         >>> rows = Rows(np.arange(3), np.zeros((3, 2), dtype=np.float32))
@@ -93,6 +93,27 @@ class Rows:
             raise EmbeddingError(f"{self.name}: found {found}; allowed are {allowed}.")
         if len(ids) and ids.min() < 0:
             raise EmbeddingError(f"{self.name}: found id {ids.min()}; ids are table rows, >= 0.")
+        if not (ids[1:] > ids[:-1]).all():  # ids mostly ascend, which is seen faster than they are sorted
+            ordered = np.sort(ids)
+            repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+            if len(repeated):
+                raise EmbeddingError(
+                    f"{self.name}: found id {repeated[0]} more than once ({len(repeated)} repetitions in all); ids are "
+                    "unique table rows."
+                )
+        if sequences is not None and sequences.min(initial=0) < -1:
+            raise EmbeddingError(f"{self.name}: found sequence {sequences.min()}; allowed are -1 (none) and above.")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        if self.places is None or not len(self.places):
+            return
+        num_rows, lowest, highest = self.embeddings.shape[0], self.places.min(), self.places.max()
+        if self.places.dtype != np.int64 or lowest < 0 or highest >= num_rows:
+            raise EmbeddingError(
+                f"{self.name}: found places {self.places.dtype} from {lowest} to {highest}; allowed are int64, rows of "
+                f"the {num_rows} embeddings."
+            )
 
     def __len__(self) -> int:
         """Number of instances."""

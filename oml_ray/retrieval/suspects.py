@@ -95,7 +95,7 @@ def near_copies(
     Args:
         queries: such as the rows of one split.
         gallery: such as those of the other.
-        most: largest cosine distance of a copy.
+        most: largest cosine distance of a copy, >= 0.
         block_rows: rows searched at a time; never changes the result.
         advance: is told how many queries were done.
 
@@ -103,13 +103,16 @@ def near_copies(
         The suspects with their nearest neighbor, the nearest first.
 
     Raises:
-        EmbeddingError: different dimensions, NaN or infinite embeddings.
+        EmbeddingError: different dimensions, NaN or infinite embeddings, `most` below 0 or NaN.
 
     Example:
         >>> one, other = (Rows(np.array([n]), np.array([[3.0, n]], dtype=np.float32)) for n in (4, 5))
         >>> near_copies(one, other, 0.01).ids, near_copies(one, other, 0.001).ids
         (array([4]), array([], dtype=int64))
     """
+
+    if not most >= 0:
+        raise EmbeddingError(f"near copies: found a largest distance of {most}; allowed are 0 and above.")
 
     def judge(block: Rows, _: int) -> tuple[Neighbors, NDArray[np.bool_]]:
         found = search(block, gallery, 1, distance="cosine", precision="certified", block_rows=block_rows)

@@ -106,8 +106,9 @@ class Plain:
     def with_list(self, neighbors: Neighbors) -> Plain:
         return Plain(self.of, self.asking, self.gallery, neighbors)
 
-    def k_reciprocal(self, k1: int, k2: int, **arguments: Any) -> Plain:
+    def k_reciprocal(self, k1: int, k2: int, scales: str = "farthest", **arguments: Any) -> Plain:
         rows = self.union()
+        arguments["scales"] = np.ones(len(rows)) if scales == "none" else None
         graph = graph_of(rows.ids, exact.search(rows, rows, max(k1, k2 - 1)))
         return self.with_list(k_reciprocal(self.neighbors, self.asking.ids, graph, rows, k1=k1, k2=k2, **arguments))
 
@@ -171,7 +172,7 @@ LISTS: dict[str, list[dict[str, Any]]] = {
     ],
     "graphs": [
         {"name": "diffusion", "edges": 7, "gamma": 2.0, "truncated": True},
-        {"name": "k_reciprocal", "k1": 5, "k2": 2, "weight": 0.0},
+        {"name": "k_reciprocal", "k1": 5, "k2": 2, "weight": 0.1, "scales": "none"},
     ],
     "normalisation": [{"name": "csls", "n": 4}, {"name": "z_norm", "n": 5, "symmetric": False}],
 }

@@ -78,7 +78,9 @@ def test_without_positives_or_negatives_there_is_nothing_to_learn(labels: list[i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k must be at least 1, found 0"),
+        ({"k": 0}, "k must be a whole number of at least 1, found 0"),
+        ({"k": 1.5}, "k must be a whole number of at least 1, found 1.5"),
+        ({"k": math.nan}, "k must be a whole number of at least 1, found nan"),
         ({"cutoff_temperature": 0.0}, "cutoff_temperature must be above 0 and finite, found 0.0"),
         ({"rank_temperature": -1.0}, "rank_temperature must be above 0 and finite, found -1.0"),
     ],

@@ -67,8 +67,9 @@ def test_without_positives_or_negatives_there_is_nothing_to_learn(labels: list[i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k_values": []}, r"k_values must be one or more numbers of at least 1, found \[\]"),
-        ({"k_values": [4, 0]}, r"k_values must be one or more numbers of at least 1, found \[4, 0\]"),
+        ({"k_values": []}, r"k_values must be one or more whole numbers of at least 1, found \[\]"),
+        ({"k_values": [1, 2.5]}, r"k_values must be one or more whole numbers of at least 1, found \[1, 2.5\]"),
+        ({"k_values": [4, 0]}, r"k_values must be one or more whole numbers of at least 1, found \[4, 0\]"),
         ({"cutoff_temperature": 0.0}, "cutoff_temperature must be above 0 and finite, found 0.0"),
         ({"rank_temperature": -1.0}, "rank_temperature must be above 0 and finite, found -1.0"),
     ],

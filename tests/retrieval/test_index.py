@@ -271,7 +271,6 @@ def test_mistakes_are_named(how):
         (Rows(ids, zero), "cosine", r"gallery: 1 embeddings have no direction, as they are zero, first of ids \[3\]"),
         (Rows(ids, gallery.embeddings * np.float32(1e19)), "euclidean", r"6 embeddings have norms above 1e\+18"),
         (Rows(ids, gallery.embeddings * np.float32(1e-19)), "euclidean", "too short for an approximate index"),
-        (Rows(ids // 2 * 2, gallery.embeddings), "euclidean", "id 0 more than once"),
     ):
         with pytest.raises(EmbeddingError, match=message):
             GalleryIndex.build(how, rows_, distance=distance)

@@ -159,12 +159,10 @@ def test_an_index_that_answers_otherwise_from_its_file_is_not_left(
 
 def test_what_has_no_index_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     gallery = rows(6, 50)
-    twice = Rows(np.zeros(2, np.int64), np.ones((2, 3), np.float32))
     flat = Rows(np.arange(2), np.zeros((2, 3), np.float32))
     for how, some, distance, error, message in (
         (FaissSettings("Nonsense"), gallery, "euclidean", ConfigError, "'Nonsense' is not one for 8 dimensions"),
         (FaissSettings("IVF64,Flat"), gallery, "euclidean", EmbeddingError, "cannot be built of 50 rows"),
-        (FaissSettings("Flat"), twice, "euclidean", EmbeddingError, "id 0 more than once"),
         (FaissSettings("Flat"), flat, "cosine", EmbeddingError, "no direction"),
         (FaissSettings("Flat"), gallery, "dot", ConfigError, "dot"),
     ):

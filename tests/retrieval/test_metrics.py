@@ -121,9 +121,20 @@ def test_by_rank_equal_a_loop_over_the_whole_gallery(seed, num_queries, num_gall
 
 def test_mistakes_are_named():
     relevant, counts, n = np.zeros((2, 3), dtype=bool), np.full(2, 3), np.ones(2, dtype=np.int64)
+    for family in ("cmc", "precision", "map", "recall", "strict_precision", "ndcg"):
+        for wrong in (1.5, 1.0, True, float("nan"), "1", -1, 4):
+            with pytest.raises(EmbeddingError, match=rf"metrics: {family}@{wrong} cannot be computed from 3 neighbors"):
+                per_query(relevant, counts, n, **{family: [1, wrong]})
+        assert list(per_query(relevant, counts, n, **{family: np.arange(1, 4)})[family]) == ["1", "2", "3"]
+    for wrong in ((relevant.astype(int), counts, n), (relevant, counts / 1, n), (relevant, counts, n / 1)):
+        with pytest.raises(EmbeddingError, match=r"allowed are bool \(Q, K\), int64 \(Q,\), int64 \(Q,\)"):
+            per_query(*wrong, cmc=[1])
+    for wrong in (counts + 1, counts - 4):
+        with pytest.raises(EmbeddingError, match=r"found counts from .* of 3 neighbors per query"):
+            per_query(relevant, wrong, n, cmc=[1])
     with pytest.raises(EmbeddingError, match="cmc@4, map@0 cannot be computed from 3"):
         per_query(relevant, counts, n, cmc=[1, 4], map=[0])
-    with pytest.raises(EmbeddingError, match=r"counts \(1,\)"):
+    with pytest.raises(EmbeddingError, match=r"counts int64 \(1,\)"):
         per_query(relevant, counts[:1], n, cmc=[1])
     with pytest.raises(EmbeddingError, match="row 1 retrieved 3 relevant neighbors, but n = 1"):
         per_query(np.array([[False] * 3, [True] * 3]), counts, n, cmc=[1])
@@ -143,6 +154,13 @@ def test_mistakes_are_named():
             from_ranks(*wrong)
     with pytest.raises(EmbeddingError, match="category codes"):
         summarise({"cmc": {"1": np.ones(2)}}, np.array([0, 1]), ["only"])
+    with pytest.raises(EmbeddingError, match=r"category codes .* from -2 to 0"):
+        summarise({"cmc": {"1": np.ones(2)}}, np.array([0, -2]), ["only"])
+    with pytest.raises(EmbeddingError, match="-1 resamples"):
+        summarise({"cmc": {"1": np.ones(2)}}, samples=-1)
+    for values, samples in ((np.ones((1, 0)), 9), (np.ones((1, 2)), 0), (np.array([[1, np.nan]]), 9)):
+        with pytest.raises(EmbeddingError, match=r"found \d queries, \d resamples and \d NaN"):
+            bootstrap(values, samples, 0)
 
 
 def test_bootstrap_is_the_percentile_interval_of_resampled_means(monkeypatch):

@@ -1,5 +1,7 @@
 """Neighbors: validation, merging against a naive sort, selection."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,6 +66,49 @@ def test_what_does_not_fit_is_refused(change):
     Neighbors(**good)
     with pytest.raises(EmbeddingError, match="neighbors"):
         Neighbors(**{**good, **change})
+
+
+distance = st.one_of(st.sampled_from([0.0, 0.5, 1.0, np.nan, np.inf]), st.floats(-1, 2, width=32))
+lists = st.lists(st.lists(st.tuples(distance, st.integers(0, 6)), max_size=4), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lists, st.booleans())
+def test_lists_are_accepted_exactly_when_they_ascend_without_repetitions(found, in_order):
+    if in_order:  # else hardly any is valid
+        found = [
+            sorted((value, instance) for instance, value in {i: v for v, i in row if not np.isnan(v)}.items())
+            for row in found
+        ]
+    k = 4
+    ids, distances = np.full((len(found), k), -1), np.full((len(found), k), np.inf, np.float32)
+    for row, pairs in enumerate(found):
+        ids[row, : len(pairs)] = [instance for _, instance in pairs]
+        distances[row, : len(pairs)] = [value for value, _ in pairs]
+    counts = np.array([len(row) for row in found])
+    values, instances = [[list(zip(*row, strict=True))[i] if row else () for row in found] for i in (0, 1)]
+    ascend = all(a <= b for row in values for a, b in itertools.pairwise(row)) and not np.isnan(distances).any()
+    if ascend and all(len(set(row)) == len(row) for row in instances):
+        assert len(Neighbors(ids, distances, counts)) == len(found)
+    else:
+        with pytest.raises(EmbeddingError, match="descend or are NaN" if not ascend else "a neighbor more than once"):
+            Neighbors(ids, distances, counts)
+
+
+def test_what_is_wrong_with_which_query_is_named():
+    ids, counts = np.array([[4, 5], [6, 6], [7, 7]]), np.array([2, 2, 2])
+    rising = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], np.float32)
+    with pytest.raises(EmbeddingError, match=r"2 queries \(first: row 1\) have a neighbor more than once"):
+        Neighbors(ids, rising, counts)
+    with pytest.raises(EmbeddingError, match=r"1 queries \(first: row 2\) have distances that descend"):
+        Neighbors(ids, np.array([[0, 1], [0, 1], [1, 0]], np.float32), counts)
+
+
+def test_merge_refuses_galleries_that_share_an_instance():
+    one = neighbors([[(0.5, 3), (0.7, 5)], [(0.1, 4), (0.3, 9)]], 2)
+    two = neighbors([[(0.6, 8), (0.9, 1)], [(0.2, 4), (0.4, 2)]], 2)
+    with pytest.raises(EmbeddingError, match=r"1 queries \(first: row 1\) have a neighbor more than once"):
+        merge([one, two], 2)
 
 
 def test_merge_and_concatenate_refuse_what_would_lose_neighbors():

@@ -141,5 +141,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(EmbeddingError, match="found k=0"):
         wrong_labels(rows, np.array([1, 2, 3]), k=0)
     broken = Rows(np.arange(1), np.full((1, 3), np.nan, dtype=np.float32), name="store")
+    for most in (-0.1, float("nan")):
+        with pytest.raises(EmbeddingError, match=rf"found a largest distance of {most}"):
+            near_copies(rows, rows, most)
     with pytest.raises(EmbeddingError, match="store: 1 embeddings contain NaN or infinity"):
         near_copies(broken, rows, 0.1)

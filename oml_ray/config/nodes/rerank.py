@@ -41,7 +41,10 @@ class KReciprocal(Node):
     k2: Positive = 6
     """Instances whose neighborhoods are averaged; 1: none but one's own."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Of the former distance."""
+    """Weight of the former distance, 0 to 1."""
+    scales: Literal["farthest", "none"] = "farthest"
+    """What the squared distances of an instance are divided by: farthest: the largest of them, as the authors' code
+    does, so that the length of embeddings does not matter; none: nothing, for embeddings of unit length."""
 
 
 class Diffusion(Node):

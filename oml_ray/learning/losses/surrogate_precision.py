@@ -37,7 +37,7 @@ class SurrogatePrecisionLoss(nn.Module):
         """Learn from all pairs.
 
         Args:
-            k: length of the list of neighbors, at least 1.
+            k: length of the list of neighbors, a whole number of at least 1.
             cutoff_temperature: of the sigmoid that tells whether a rank is within k, in ranks, > 0 (OML's
                 `temperature1`).
             rank_temperature: of the sigmoids that make a rank, in euclidean distance, > 0 (OML's `temperature2`).
@@ -46,8 +46,8 @@ class SurrogatePrecisionLoss(nn.Module):
             ValueError: an argument out of its range.
         """
         super().__init__()
-        if k < 1:
-            raise ValueError(f"k must be at least 1, found {k}.")
+        if not (k >= 1 and k % 1 == 0):
+            raise ValueError(f"k must be a whole number of at least 1, found {k}.")
         for name, value in (("cutoff_temperature", cutoff_temperature), ("rank_temperature", rank_temperature)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, found {value}.")

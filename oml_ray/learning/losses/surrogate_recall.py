@@ -42,7 +42,7 @@ class SurrogateRecallLoss(nn.Module):
         """Learn from all pairs.
 
         Args:
-            k_values: lengths k of the lists of neighbors, each at least 1.
+            k_values: lengths k of the lists of neighbors, whole numbers of at least 1.
             cutoff_temperature: of the sigmoid that tells whether a rank is within k, in ranks, > 0.
             rank_temperature: of the sigmoids that make a rank, in cosine distance, > 0.
 
@@ -50,8 +50,8 @@ class SurrogateRecallLoss(nn.Module):
             ValueError: an argument out of its range.
         """
         super().__init__()
-        if not k_values or min(k_values) < 1:
-            raise ValueError(f"k_values must be one or more numbers of at least 1, found {list(k_values)}.")
+        if not k_values or not all(k >= 1 and k % 1 == 0 for k in k_values):
+            raise ValueError(f"k_values must be one or more whole numbers of at least 1, found {list(k_values)}.")
         for name, value in (("cutoff_temperature", cutoff_temperature), ("rank_temperature", rank_temperature)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, found {value}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,32 +24,39 @@ def per_query(
     strict_precision: Sequence[int] = (),
     ndcg: Sequence[int] = (),
 ) -> PerQuery:
-    """The metrics of each query.
+    """Compute the metrics of each query.
 
-    Arguments:
+    Args:
         relevant: bool (Q, K), whether the neighbor at each place has the query's label.
-        counts: int64 (Q,), how many of the K places are filled; what lies beyond is ignored.
+        counts: int64 (Q,), how many of the K places are filled, 0 to K; what lies beyond is ignored.
         n: int64 (Q,), relevant gallery instances after exclusion (`exclusion.ground_truth_counts`).
-        cmc, precision, map, recall, strict_precision, ndcg: the k of each metric, 1 <= k <= K; a metric without any is
-            left out.
+        cmc, precision, map, recall, strict_precision, ndcg: the ranks k of each metric, whole numbers from 1 to K; a
+            metric without any is left out.
 
     Returns:
         {"cmc": {"1": float64 (Q,), ...}, ...}; NaN where n = 0.
 
     Raises:
-        EmbeddingError: shapes do not fit, a k is not in 1..K, or more relevant neighbors were retrieved than there are.
+        EmbeddingError: shapes or dtypes do not fit, a k is not a whole number from 1 to K, or more relevant neighbors
+            were retrieved than there are.
 
     Example:
         >>> hits = np.array([[True, False], [False, True], [False, False]])
         >>> per_query(hits, np.array([2, 2, 2]), np.array([2, 3, 5]), precision=[2])["precision"]["2"]
         array([0.5, 0.5, 0. ])
     """
-    if relevant.ndim != 2 or counts.shape != relevant.shape[:1] or n.shape != counts.shape:
+    fits = relevant.ndim == 2 and counts.shape == relevant.shape[:1] and n.shape == counts.shape
+    kinds = relevant.dtype.kind, counts.dtype.kind, n.dtype.kind
+    if not fits or kinds != ("b", "i", "i"):
+        arrays = (("relevant", relevant), ("counts", counts), ("n", n))
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays)
+        raise EmbeddingError(f"metrics: found {found}; allowed are bool (Q, K), int64 (Q,), int64 (Q,).")
+    if len(counts) and not 0 <= counts.min() <= counts.max() <= relevant.shape[1]:
         raise EmbeddingError(
-            f"metrics: found relevant {relevant.shape}, counts {counts.shape}, n {n.shape}; "
-            "allowed are (Q, K), (Q,), (Q,)."
+            f"metrics: found counts from {counts.min()} to {counts.max()} of {relevant.shape[1]} neighbors per query; "
+            "allowed are 0 to that."
         )
-    wanted = {
+    ranks_of = {
         "cmc": cmc,
         "precision": precision,
         "map": map,
@@ -56,18 +64,22 @@ def per_query(
         "strict_precision": strict_precision,
         "ndcg": ndcg,
     }
-    wrong = [f"{name}@{k}" for name, ks in wanted.items() for k in ks if not 1 <= k <= relevant.shape[1]]
+    wrong = [f"{name}@{k}" for name, ks in ranks_of.items() for k in ks if not _is_rank(k, relevant.shape[1])]
     if wrong:
         raise EmbeddingError(
             f"metrics: {', '.join(wrong)} cannot be computed from {relevant.shape[1]} neighbors per query; "
-            "k must be at least 1 and at most that: search for more neighbors."
+            "k must be a whole number from 1 to that: search for more neighbors, or use smaller k."
         )
     lists = _Lists(relevant, counts, n)
     return {
         name: {str(k): np.where(n > 0, getattr(lists, name)(k), np.nan) for k in ks}
-        for name, ks in wanted.items()
+        for name, ks in ranks_of.items()
         if len(ks)
     }
+
+
+def _is_rank(k: object, most: int) -> bool:
+    return isinstance(k, Integral) and not isinstance(k, bool) and 1 <= int(k) <= most
 
 
 class _Lists:

@@ -41,9 +41,9 @@ def resamples(num_queries: int, samples: int, seed: int) -> Iterator[Float64Arra
 
 
 def bootstrap(values: Float64Array, samples: int, seed: int) -> Float64Array:
-    """Percentile 95% intervals of the means over queries (Efron and Tibshirani 1993, chapter 13).
+    """Compute percentile 95% intervals of the means over queries (Efron and Tibshirani 1993, chapter 13).
 
-    Arguments:
+    Args:
         values: float64 (M, Q), M metrics of Q >= 1 queries, without NaN.
         samples: number of resamples, >= 1.
         seed: of the resamples, see `resamples`.
@@ -51,11 +51,19 @@ def bootstrap(values: Float64Array, samples: int, seed: int) -> Float64Array:
     Returns:
         float64 (M, 2): lower and upper ends.
 
+    Raises:
+        EmbeddingError: values that are NaN, no queries, or no resamples.
+
     Example:
         >>> bootstrap(np.ones((1, 4)), samples=10, seed=0)
         array([[1., 1.]])
     """
     num_queries = values.shape[1]
+    if num_queries < 1 or samples < 1 or np.isnan(values).any():
+        raise EmbeddingError(
+            f"bootstrap: found {num_queries} queries, {samples} resamples and {np.isnan(values).sum()} NaN; needed are "
+            "at least 1 query and 1 resample, and no NaN: leave out queries without ground truth."
+        )
     means = [weights @ values.T / num_queries for weights in resamples(num_queries, samples, seed)]
     ends: Float64Array = np.percentile(np.concatenate(means), CONFIDENCE, axis=0).T  # (metrics, 2)
     return ends
@@ -90,7 +98,7 @@ def summarise(
         values: {metric: {k: float64 (Q,)}}, those of `per_query` and of `from_ranks` together.
         categories: int64 (Q,), positions in `category_names`, -1 = none; or None.
         category_names: one name per code.
-        samples: bootstrap resamples; 0 = no intervals.
+        samples: bootstrap resamples, >= 0; 0 = no intervals.
         seed: of the resamples.
 
     Returns:
@@ -98,21 +106,25 @@ def summarise(
         plain floats. Over no queries a value is None, and so is its interval.
 
     Raises:
-        EmbeddingError: categories do not fit the queries or the names.
+        EmbeddingError: categories do not fit the queries or the names, or samples < 0.
 
     Example:
         >>> summarise({"cmc": {"1": np.array([1.0, np.nan])}}, samples=10)["overall"]
         {'cmc': {'1': {'value': 1.0, 'ci95': [1.0, 1.0]}}}
     """
+    if samples < 0:
+        raise EmbeddingError(f"metrics: found {samples} resamples; allowed are 0 (no intervals) and above.")
     keys = [(name, k) for name, by_k in values.items() for k in by_k]
     if not keys:
         return {"overall": {}, "categories": {name: {} for name in category_names}}
     stacked = np.stack([values[name][k] for name, k in keys])  # (metrics, queries)
     if categories is None:
         categories = np.full(stacked.shape[1], -1, dtype=np.int64)
-    if categories.shape != stacked.shape[1:] or (len(categories) and categories.max() >= len(category_names)):
+    codes_fit = not len(categories) or -1 <= categories.min() <= categories.max() < len(category_names)
+    if categories.shape != stacked.shape[1:] or not codes_fit:
         raise EmbeddingError(
-            f"metrics: found category codes {categories.shape} up to {categories.max(initial=-1)} for "
+            f"metrics: found category codes {categories.shape} from {categories.min(initial=-1)} to "
+            f"{categories.max(initial=-1)} for "
             f"{stacked.shape[1]} queries and {len(category_names)} names; every query needs a code below the number of "
             "names, or -1."
         )

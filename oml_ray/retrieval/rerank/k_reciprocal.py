@@ -1,7 +1,7 @@
 """k-reciprocal re-ranking on the sparse graph: two instances are near when they share their mutual neighbors.
 
 Zhong, Zheng, Cao, Li, "Re-ranking Person Re-identification with k-reciprocal Encoding" (CVPR 2017), with D(i, j) the
-squared euclidean distance, and N(i, k) = i itself and its k nearest:
+squared euclidean distance divided by the scale of i, and N(i, k) = i itself and its k nearest:
 
 - ``R(i, k)``  = { j in N(i, k) : i in N(j, k) };
 - ``R*(i)``    = R(i, k1) and each R(c, k1 / 2), c in R(i, k1), of which more than two thirds are in R(i, k1);
@@ -10,12 +10,14 @@ squared euclidean distance, and N(i, k) = i itself and its k nearest:
 - ``J(q, g)``  = 1 - sum_j min(V'(q, j), V'(g, j)) / sum_j max(V'(q, j), V'(g, j));
 - the new distance = (1 - weight) J(q, g) + weight D(q, g).
 
-As in the authors' code, k1 / 2 is rounded half to even, and the two thirds must be exceeded (the paper: reached). The
-authors' code also divides row i of D by its maximum: that is `scales`. Rows of V have about 10 to 100 entries, so all
-of it is kept sparse: as sorted keys i * N + j with their values.
+As in the authors' code (github.com/zhunzhong07/person-re-ranking), k1 / 2 is rounded half to even, the two thirds must
+be exceeded (the paper: reached), and the scale of i is its largest squared distance to any instance, excluded ones
+included: so D lies within 0 and 1, and embeddings multiplied by a number give the same result. Rows of V have about 10
+to 100 entries, so all of it is kept sparse: as sorted keys i * N + j with their values.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from oml_ray.distances import Distance, check_distance, exact_paired
 from oml_ray.errors import ConfigError, EmbeddingError
 from oml_ray.retrieval.neighbors import NO_ID, Neighbors
+from oml_ray.retrieval.rerank.farthest import farthest_distances
 from oml_ray.retrieval.rerank.graph import Graph, squared
 from oml_ray.retrieval.rerank.rescored import check_finite, rescored
 from oml_ray.retrieval.rerank.segments import ENTRIES_AT_ONCE, concatenated, found_in, portions
@@ -46,11 +49,11 @@ def k_reciprocal(
     scales: Float64Array | None = None,
     entries_at_once: int = ENTRIES_AT_ONCE,
 ) -> Neighbors:
-    """Sorts each query's neighbors by how much of their k-reciprocal neighborhoods they share with it.
+    """Sort each query's neighbors by how much of their k-reciprocal neighborhoods they share with it.
 
     Memory beyond the arguments: O(N * entries of a row of V) and that of `entries_at_once`.
 
-    Arguments:
+    Args:
         neighbors: of Q queries, k places; the same instances come back in another order.
         query_ids: int64 (Q,), in the order of `neighbors`.
         graph: of queries and gallery; nodes with fewer than max(k1, k2 - 1) edges have these alone.
@@ -59,8 +62,8 @@ def k_reciprocal(
         k2: instances that are averaged, >= 1; 1 = no local query expansion.
         weight: of the former distance, 0 to 1 (the paper's lambda).
         distance: of `neighbors` and of the graph; cosine counts as the euclidean distance of the unit vectors.
-        scales: float64 (N,), > 0, by which D(i, .) is divided, in the order of `graph.ids`; None: 1, for embeddings of
-            unit length. The authors divide by the largest D(i, .).
+        scales: float64 (N,), > 0, by which the squared distances of each instance are divided, in the order of
+            `graph.ids`; None: the largest of them, which a look at all pairs of nodes tells; ones: no scaling.
         entries_at_once: >= 1; bounds memory, never changes the result.
 
     Returns:
@@ -79,24 +82,60 @@ def k_reciprocal(
         >>> k_reciprocal(found, points.ids, graph_of(points.ids, found), points, k1=2, k2=1, weight=0).ids[1]
         array([0, 2, 3, 4])
     """
-    if k1 < 1 or k2 < 1 or entries_at_once < 1 or not 0 <= weight <= 1:
+    counts = (k1, k2, entries_at_once)
+    if not all(isinstance(count, Integral) and count >= 1 for count in counts) or not 0 <= weight <= 1:
         found = f"k1={k1}, k2={k2}, weight={weight}, entries_at_once={entries_at_once}"
-        raise ConfigError(f"k_reciprocal: found {found}; allowed are counts >= 1 and a weight in 0 to 1.")
+        raise ConfigError(f"k_reciprocal: found {found}; allowed are whole numbers >= 1 and a weight in 0 to 1.")
     check_distance(distance)
     check_finite(neighbors, "k_reciprocal")
     if query_ids.shape != neighbors.counts.shape or (query_ids < 0).any():
         found = f"query ids {query_ids.shape} for {len(neighbors)} queries"
         raise EmbeddingError(f"k_reciprocal: found {found}; allowed is one id >= 0 for each.")
-    scale = np.ones(len(graph)) if scales is None else scales
-    if scale.shape != (len(graph),) or not (np.isfinite(scale) & (scale > 0)).all():
-        raise EmbeddingError(f"k_reciprocal: scales {scale.shape} must be ({len(graph)},), finite and > 0.")
+    nodes = _of_nodes(graph, instances)
+    if scales is None:
+        scales = scales_of(farthest_distances(nodes, nodes, distance=distance), distance)
+    if scales.shape != (len(graph),) or not (np.isfinite(scales) & (scales > 0)).all():
+        raise EmbeddingError(f"k_reciprocal: scales {scales.shape} must be ({len(graph)},), finite and > 0.")
     queries, found_nodes = graph.positions(query_ids), graph.positions(neighbors.ids)
     sets = _expanded(_reciprocal(graph, k1), _reciprocal(graph, round(k1 / 2)), entries_at_once)
-    weights = _weights(sets, graph, instances, distance, scale, entries_at_once)
+    weights = _weights(sets, nodes, distance, scales, entries_at_once)
     sets, weights = _averaged(sets, weights, graph, k2, entries_at_once)
     jaccard = _jaccard(sets, weights, queries, found_nodes, entries_at_once)
     former = squared(np.where(neighbors.ids == NO_ID, np.float32(0), neighbors.distances), distance)
-    return rescored(neighbors, (1 - weight) * jaccard + weight * former / scale[queries][:, None])
+    return rescored(neighbors, (1 - weight) * jaccard + weight * former / scales[queries][:, None])
+
+
+def scales_of(farthest: NDArray[np.float32], distance: Distance) -> Float64Array:
+    """Compute the scales of the authors' code from the distance of each instance to the farthest one.
+
+    Args:
+        farthest: float32 (N,), see `farthest_distances`.
+        distance: what it is; "cosine" counts as the euclidean distance of the unit vectors.
+
+    Returns:
+        float64 (N,), > 0: squared distances, and 1 where they are 0.
+    """
+    squares = squared(farthest, distance)
+    return np.where(squares > 0, squares, 1.0)
+
+
+def _of_nodes(graph: Graph, instances: Rows) -> Rows:
+    """Embeddings of the nodes, in the order of `graph.ids`.
+
+    Raises:
+        EmbeddingError: some nodes have none.
+    """
+    order = np.argsort(instances.ids, kind="stable")
+    known, places = found_in(instances.ids[order], graph.ids)
+    if not known.all():
+        missing = graph.ids[~known]
+        raise EmbeddingError(
+            f"{instances.name}: {len(missing)} nodes of the graph have no embeddings, first of ids "
+            f"{missing[:5].tolist()}; give those of all queries and of the whole gallery."
+        )
+    positions = order[places] if len(order) else places
+    rows = positions if instances.places is None else instances.places[positions]
+    return Rows(graph.ids, instances.embeddings, places=rows, name=instances.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,28 +181,17 @@ def _expanded(whole: _Sets, half: _Sets, entries_at_once: int) -> _Sets:
     return _Sets(np.concatenate(parts), num)
 
 
-def _weights(
-    sets: _Sets, graph: Graph, instances: Rows, distance: Distance, scale: Float64Array, entries_at_once: int
-) -> Float64Array:
+def _weights(sets: _Sets, nodes: Rows, distance: Distance, scales: Float64Array, entries_at_once: int) -> Float64Array:
     """V, of each key (E,)."""
-    order = np.argsort(instances.ids, kind="stable")
-    known, places = found_in(instances.ids[order], graph.ids)
-    if not known.all():
-        missing = graph.ids[~known]
-        raise EmbeddingError(
-            f"{instances.name}: {len(missing)} nodes of the graph have no embeddings, first of ids "
-            f"{missing[:5].tolist()}; give those of all queries and of the whole gallery."
-        )
-    rows = order[places] if len(order) else places
     sources, members = sets.keys // sets.num, sets.members
     values = np.empty(len(sets.keys))
-    step = max(1, entries_at_once // instances.dim)
+    step = max(1, entries_at_once // nodes.dim)
     for start in range(0, len(values), step):
         one, other = sources[start : start + step], members[start : start + step]
-        x, y = (tensor_of(instances.take(rows[side]), torch.device("cpu")) for side in (one, other))
+        x, y = (tensor_of(nodes.take(side), torch.device("cpu")) for side in (one, other))
         squares = squared(exact_paired(x, y, distance).numpy(), distance)
         squares[one == other] = 0  # also of a zero vector, whose cosine distance to itself is 1
-        values[start : start + step] = np.exp(-squares / scale[one])
+        values[start : start + step] = np.exp(-squares / scales[one])
     row_sums = np.bincount(sources, values, minlength=sets.num)
     unit: Float64Array = values / row_sums[sources]
     return unit

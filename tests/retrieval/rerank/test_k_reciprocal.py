@@ -57,7 +57,7 @@ def expected(rows: Rows, scales, options, distance) -> list[dict[int, float]]:
         [i, *(position[instance] for instance in ids[:count])]
         for i, (ids, count) in enumerate(zip(everything.ids.tolist(), everything.counts, strict=True))
     ]
-    squares = dense_squares(rows, distance) / (np.ones(len(rows)) if scales is None else scales)[:, None]
+    squares = dense_squares(rows, distance) / scales[:, None]
     table = published(squares, ranking, **options)
     return [dict(zip(rows.ids.tolist(), row, strict=True)) for row in table.tolist()]
 
@@ -80,7 +80,8 @@ def test_equals_the_published_algorithm(seed, num, k, k1, k2, weight, distance, 
     rows = random_instances(rng, num, unit=bool(rng.integers(2)), sequences=sequences)
     if distance == "cosine" and rng.integers(2):
         rows.embeddings[rng.integers(0, num)] = 0
-    scales = dense_squares(rows, distance).max(axis=1) + 0.1 if scaled else None
+    farthest = dense_squares(rows, distance).max(axis=1)
+    scales = np.where(farthest > 0, farthest, 1) if scaled else np.ones(num)
     graph = graph_of(rows.ids, neighbors_within(rows, max(k1, k2 - 1), distance))
     (chosen,) = np.nonzero(rng.integers(0, 2, num))
     before = neighbors_within(rows, k, distance).select(chosen)
@@ -95,7 +96,7 @@ def test_equals_the_published_algorithm(seed, num, k, k1, k2, weight, distance, 
         k2=k2,
         weight=weight,
         distance=distance,
-        scales=None if scales is None else scales[order],
+        scales=None if scaled else np.ones(num),
         entries_at_once=entries_at_once,
     )
     assert_same_instances(after, before)
@@ -112,6 +113,20 @@ def test_portions_do_not_change_a_bit():
         assert_equal(k_reciprocal(found, rows.ids, graph, rows, entries_at_once=entries_at_once), whole)
     half = found.select(slice(100, None))
     assert_equal(k_reciprocal(half, rows.ids[100:], graph, rows), whole.select(slice(100, None)))
+
+
+@pytest.mark.parametrize("factor", [20.0, 1e-3])
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_length_of_embeddings_does_not_matter(factor: float, weight: float) -> None:
+    rows = random_instances(np.random.default_rng(0), 300, unit=False, dimension=8)
+    longer = Rows(rows.ids, rows.embeddings * np.float32(factor))
+    after = []
+    for some in (rows, longer):
+        found = neighbors_within(some, 30)
+        after.append(k_reciprocal(found, some.ids, graph_of(some.ids, found), some, weight=weight))
+    np.testing.assert_array_equal(after[0].ids, after[1].ids)
+    np.testing.assert_allclose(after[0].distances, after[1].distances, atol=1e-5)
+    assert (after[0].ids != neighbors_within(rows, 30).ids).any()
 
 
 def test_a_shared_neighborhood_wins_over_a_short_distance():
@@ -147,10 +162,11 @@ def test_mistakes_are_named():
     rows = random_instances(np.random.default_rng(1), 6)
     found = neighbors_within(rows, 3)
     graph = graph_of(rows.ids, found)
-    for wrong in ({"k1": 0}, {"k2": 0}, {"weight": 1.5}, {"weight": float("nan")}, {"entries_at_once": 0}):
-        ((name, value),) = wrong.items()
+    nan = float("nan")
+    wrong_values = [("k1", 0), ("k1", 1.5), ("k2", 0), ("k2", nan), ("weight", 1.5), ("weight", nan)]
+    for name, value in [*wrong_values, ("entries_at_once", 0)]:
         with pytest.raises(ConfigError, match=f"{name}={value}"):
-            k_reciprocal(found, rows.ids, graph, rows, **wrong)
+            k_reciprocal(found, rows.ids, graph, rows, **{name: value})
     with pytest.raises(ConfigError, match="dot"):
         k_reciprocal(found, rows.ids, graph, rows, distance="dot")
     with pytest.raises(EmbeddingError, match=r"query ids \(5,\) for 6"):
