@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Ids = NDArray[np.int64]
 
+# What pandas, and so OML, reads as missing (the default `na_values` of pandas.read_csv).
+MISSING = (
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null"),
+)
 _INTEGER = r"^[+-]?[0-9]+(\.0*)?$"
 _INT64_MAX = str(np.iinfo(np.int64).max)
 
@@ -31,6 +36,17 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.LargeStringArray:
         text = text.combine_chunks()
     text.validate(full=True)  # the texts of a Parquet file are taken as they are
     return pc.if_else(pc.equal(text, ""), None, text)
+
+
+def without_missing(text: pa.LargeStringArray) -> pa.LargeStringArray:
+    """Replace the words for a missing value (`MISSING`) by null.
+
+    Example:
+        >>> without_missing(pa.array(["NULL", "3", " NaN", None], pa.large_string())).to_pylist()
+        [None, '3', None, None]
+    """
+    missing = pc.is_in(pc.utf8_trim_whitespace(text), value_set=pa.array(MISSING, pa.large_string()))
+    return pc.if_else(missing, None, text)
 
 
 def as_mask(values: pa.Array) -> Mask:

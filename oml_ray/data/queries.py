@@ -9,7 +9,7 @@ from pyarrow import fs
 from oml_ray.data import table_file
 from oml_ray.data.filesystem import parent, resolve
 from oml_ray.data.table import Table, check_files_exist, table_of
-from oml_ray.data.table_checks import BOX
+from oml_ray.data.table_checks import BOX, name_hint
 from oml_ray.errors import ConfigError, StorageError, TableError
 
 IMAGE_SUFFIXES = (
@@ -23,8 +23,8 @@ def read_queries(source: str | os.PathLike[str], root: str | os.PathLike[str] | 
 
     Args:
         source: a local path or URI. Of a folder: the image files in it and in all its folders, in the order of their
-            paths, but for hidden ones. Of a table (`.csv` or `.parquet`): all its rows, by the column `path` and the
-            box, if it has one; its other columns are not looked at.
+            paths, but for hidden ones. Of a table (a file, or a folder `*.parquet` of Parquet files): all its rows, by
+            the column `path` and the box, if it has one; its other columns are not looked at.
         root: what a table's relative paths are relative to; None for the directory of the table.
 
     Returns:
@@ -52,7 +52,7 @@ def read_queries(source: str | os.PathLike[str], root: str | os.PathLike[str] | 
         raise StorageError(f"queries: {source} cannot be listed: {error}") from None
     if kind == fs.FileType.NotFound:
         raise StorageError(f"queries: there is no {source}: give a folder of images, or a table of them.")
-    if kind == fs.FileType.File:
+    if kind == fs.FileType.File or table_file.is_parquet_folder(source):
         return _of_table(source, root), 0
     if root is not None:
         raise ConfigError(f"data.root: {source} is a folder of images; a root is for the paths of a table.")
@@ -93,10 +93,11 @@ def list_images(folder: str) -> tuple[list[str], int]:
 
 
 def _of_table(source: str, root: str | os.PathLike[str] | None) -> Table:
-    texts, num_rows = table_file.read(source)
+    texts, num_rows, unknown = table_file.read(source)
     if "path" not in texts:
         found = ", ".join(texts)
-        raise TableError(f"table {source}: queries need the column path (found: {found}).")
+        hint = name_hint(unknown, ["path"])
+        raise TableError(f"table {source}: queries need the column path (found: {found}){hint}.")
     columns = {name: texts[name] for name in ("path", *BOX) if name in texts}
     labels = np.zeros(num_rows, np.int64)
     table = table_of(pa.table({"label": labels, **columns}), source, parent(source) if root is None else root)

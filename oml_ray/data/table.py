@@ -1,7 +1,7 @@
 """The table of instances: read once, checked whole, and kept as a few arrays that travel between processes.
 
 Columns are OML's: `label, path, split, is_query, is_gallery` and, optionally, `category`, `sequence` and the box
-`x_1, y_1, x_2, y_2`; others are ignored. A row's id is its 0-based position.
+`x_1, y_1, x_2, y_2`; further `label_name`, for people. Others are ignored. A row's id is its 0-based position.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from oml_ray.data import table_checks as checks
 from oml_ray.data import table_file
 from oml_ray.data.columns import Ids, Mask
 from oml_ray.data.filesystem import is_uri, join, linked_out, list_files, parent, resolve
+from oml_ray.data.ground_truth import ground_truth_warnings
 from oml_ray.errors import StorageError, TableError, reason_of
 
 
@@ -42,6 +43,7 @@ class Table:
         category_names: in order of first appearance.
         sequences: (N,) int64 codes, -1 for none.
         boxes: (N, 4) int32 as left, top, right, bottom in pixels, all -1 for none; None when the file has no boxes.
+        label_names: (N,) texts that name the labels in reports, null for none; None when the file has no such column.
     """
 
     source: str
@@ -57,6 +59,7 @@ class Table:
     category_names: list[str]
     sequences: Ids
     boxes: NDArray[np.int32] | None
+    label_names: pa.LargeStringArray | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -94,8 +97,9 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the content: equal for equal rows, wherever and in whatever format they lie."""
-        digest = hashlib.sha256(repr((self.names, self.category_names, len(self))).encode())
+        """Hex SHA-256 of the content but for names of labels: equal for equal rows, wherever and however they lie."""
+        names = [name for name in self.names if name != "label_name"]
+        digest = hashlib.sha256(repr((names, self.category_names, len(self))).encode())
         start, buffers = self.paths.offset, self.paths.buffers()
         offsets = np.frombuffer(buffers[1], dtype=np.int64)[start : start + len(self) + 1]
         texts = np.frombuffer(buffers[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
@@ -108,6 +112,17 @@ class Table:
         path: str = self.paths[row_id].as_py()
         return path if is_uri(path) else join(self.root, path)
 
+    def label_text(self, row_id: int) -> str:
+        """Give an instance's label as text, with its name if it has one.
+
+        Example:
+            >>> columns = pa.table({"label": [3, 4], "label_name": ["cat", None]})
+            >>> [table_of(columns, "cats").label_text(row) for row in (0, 1)]
+            ['3 (cat)', '4']
+        """
+        name = None if self.label_names is None else self.label_names[row_id].as_py()
+        return f"{self.labels[row_id]}" if name is None else f"{self.labels[row_id]} ({name})"
+
     def _arrays(self) -> list[NDArray[Any]]:
         arrays = [self.labels, self.is_train, self.is_query, self.is_gallery, self.categories, self.sequences]
         return arrays if self.boxes is None else [*arrays, self.boxes]
@@ -117,7 +132,7 @@ def read_table(source: str | os.PathLike[str], root: str | os.PathLike[str] | No
     """Read a table and check all of it; everything that is wrong is reported at once.
 
     Args:
-        source: a local path or URI, `.csv` or `.parquet`.
+        source: a local path or URI of a CSV, TSV or Parquet file, or of a folder of Parquet files (`table_file.read`).
         root: what relative image paths are relative to, a local path or URI; None for the directory of `source`.
 
     Returns:
@@ -136,7 +151,7 @@ def read_table(source: str | os.PathLike[str], root: str | os.PathLike[str] | No
     """
     source = _absolute(source)
     root = parent(source) if root is None else _absolute(root)
-    return _checked(source, root, *table_file.read(source))
+    return _checked(source, root, table_file.read(source))
 
 
 def table_of(columns: pa.Table, source: str, root: str | os.PathLike[str] | None = None) -> Table:
@@ -173,11 +188,13 @@ def table_of(columns: pa.Table, source: str, root: str | os.PathLike[str] | None
     except pa.ArrowException as error:
         raise TableError(f"{source}: {reason_of(error)}") from None
     texts |= {name: pa.array(values, pa.large_string()) for name, values in defaults.items() if name not in texts}
-    return _checked(source, "/" if root is None else _absolute(root), texts, len(columns))
+    file = table_file.TableFile(texts, len(columns), [])
+    return _checked(source, "/" if root is None else _absolute(root), file)
 
 
-def _checked(source: str, root: str, texts: dict[str, pa.LargeStringArray], num_rows: int) -> Table:
-    rows = checks.Checks(texts, num_rows)
+def _checked(source: str, root: str, file: table_file.TableFile) -> Table:
+    texts, num_rows, unknown = file
+    rows = checks.Checks(texts, num_rows, unknown)
     rows.columns()
     labels, is_label = rows.labels()
     paths = rows.paths(root)
@@ -188,11 +205,17 @@ def _checked(source: str, root: str, texts: dict[str, pa.LargeStringArray], num_
         listed = "".join(f"\n  - {problem}" for problem in rows.problems)
         raise TableError(f"table {source} cannot be used ({num_rows:,} rows, counted from 0):{listed}")
     categories, category_names = col.parse_codes(rows.text("category"))
-    sequences, _ = col.parse_codes(rows.text("sequence"))
+    sequences, num_minus_one = rows.sequences()
+    warnings = [
+        *checks.find_warnings(labels, is_train, paths, boxes, categories),
+        *checks.name_warnings(unknown, texts),
+        *checks.sequence_warnings(sequences, num_minus_one),
+        *ground_truth_warnings(labels, is_query, is_gallery, sequences),
+    ]
     return Table(
         source=source,
         root=root,
-        warnings=checks.find_warnings(labels, is_train, paths, boxes, categories),
+        warnings=warnings,
         names=[name for name in checks.COLUMNS if name in texts],
         labels=labels,
         paths=paths,
@@ -203,6 +226,7 @@ def _checked(source: str, root: str, texts: dict[str, pa.LargeStringArray], num_
         category_names=category_names,
         sequences=sequences,
         boxes=boxes,
+        label_names=texts.get("label_name"),
     )
 
 
@@ -255,8 +279,14 @@ def check_files_exist(table: Table, ids: Ids | None = None) -> None:
     if missing.any():
         raise TableError(
             f"table {table.source}: {missing.sum():,} of {len(ids):,} images are not there; rows {some(missing)}; "
-            f"relative paths start at {table.root}: give another data.root?"
+            f"relative paths start at {table.root}: give another data.root?{_backslash_hint(table.paths, ids[missing])}"
         )
+
+
+def _backslash_hint(paths: pa.LargeStringArray, missing: Ids) -> str:
+    """End of a message on missing files whose paths were written on Windows."""
+    count = int(col.as_mask(pc.match_substring(paths.take(pa.array(missing)), "\\")).sum())
+    return f" {count:,} of these paths hold backslashes, as on Windows: write them with /" if count else ""
 
 
 def _ids(mask: Mask) -> Ids:

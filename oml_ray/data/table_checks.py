@@ -1,6 +1,7 @@
 """What a table must hold: every check of its format, and every warning, over all rows at once."""
 
 import posixpath
+from collections.abc import Iterable, Sequence
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -15,7 +16,8 @@ from oml_ray.data.filesystem import resolve
 
 REQUIRED = ("label", "path", "split", "is_query", "is_gallery")
 BOX = ("x_1", "y_1", "x_2", "y_2")
-COLUMNS = (*REQUIRED, "category", "sequence", *BOX)
+COLUMNS = (*REQUIRED, "category", "sequence", *BOX, "label_name")
+FREE_TEXTS = ("path", "label_name")
 _INT32_MAX = np.iinfo(np.int32).max
 
 
@@ -25,11 +27,13 @@ class Checks:
     Args:
         texts: column name -> (rows,) texts, null for empty; the known columns that the file has.
         num_rows: the number of rows.
+        unknown: names of the file's other columns.
     """
 
-    def __init__(self, texts: dict[str, pa.LargeStringArray], num_rows: int) -> None:
+    def __init__(self, texts: dict[str, pa.LargeStringArray], num_rows: int, unknown: Sequence[str] = ()) -> None:
         self.texts = texts
         self.num_rows = num_rows
+        self.unknown = unknown
         self.problems: list[str] = [] if num_rows else ["there are no rows"]
 
     def text(self, name: str) -> pa.LargeStringArray:
@@ -45,12 +49,17 @@ class Checks:
         """Check that the columns are there."""
         found = ", ".join(self.texts) or "none that is known"
         if missing := [name for name in REQUIRED if name not in self.texts]:
-            self.problems.append(f"missing columns: {', '.join(missing)} (found: {found})")
+            hint = name_hint(self.unknown, missing)
+            self.problems.append(f"missing columns: {', '.join(missing)} (found: {found}){hint}")
         if 0 < sum(name in self.texts for name in BOX) < len(BOX):
             self.problems.append(f"a box needs all four columns {', '.join(BOX)} (found: {found})")
 
     def labels(self) -> tuple[Ids, Mask]:
-        """Read the labels, (rows,) int64, and the mask of those that are integers."""
+        """Read the labels, (rows,) int64, and the mask of those that are integers.
+
+        Integers that are written as floats (`3.0`, as pandas writes a column with missing values) are integers; OML
+        refuses a column of floats. Other floats are refused.
+        """
         labels, bad = col.parse_integers(self.text("label"))
         bad |= col.is_empty(self.text("label"))
         self.check(bad, "label is not an integer", "label")
@@ -71,7 +80,10 @@ class Checks:
         return is_train, is_validation
 
     def flags(self, is_train: Mask, is_validation: Mask, labels: Ids, is_label: Mask) -> tuple[Mask, Mask]:
-        """Read the masks of queries and gallery, and check that each query can find something."""
+        """Read the masks of queries and gallery, and check that each query's label is in the gallery.
+
+        False on the train split is as good as empty; OML wants it empty. True is refused there.
+        """
         masks = []
         for name in ("is_query", "is_gallery"):
             mask, bad = col.parse_flags(self.text(name))
@@ -85,6 +97,13 @@ class Checks:
         lost = is_query & is_label & ~np.isin(labels, labels[is_gallery & is_label])
         self.check(lost & ("is_gallery" in self.texts), "a query's label is not in the gallery", "label")
         return is_query, is_gallery
+
+    def sequences(self) -> tuple[Ids, int]:
+        """Read the sequences, (rows,) int64 codes, -1 for none, and count the rows of -1, which is no sequence."""
+        text = self.text("sequence")
+        is_minus_one = pc.is_in(pc.utf8_trim_whitespace(text), value_set=pa.array(["-1", "-1.0"], pa.large_string()))
+        codes, _ = col.parse_codes(pc.if_else(is_minus_one, None, text))
+        return codes, int(col.as_mask(is_minus_one).sum())
 
     def boxes(self) -> NDArray[np.int32] | None:
         """Read the boxes, (rows, 4) int32, -1 for none; None when the file has no boxes."""
@@ -107,6 +126,17 @@ class Checks:
             self.check(whole & (low > high), f"a box is inverted ({first} > {last})", first, last)
             self.check(whole & (low == high), f"a box is empty ({first} = {last})", first, last)
         return np.where(whole[:, None], boxes, -1).astype(np.int32)
+
+
+def name_hint(names: Sequence[str], known: Sequence[str]) -> str:
+    """End of a message on columns whose names are known ones but for case and spaces; empty where there are none.
+
+    Example:
+        >>> name_hint(["Label", " path", "colour"], ("label", "path"))
+        "; names are exact: rename 'Label' to label, ' path' to path"
+    """
+    near = [f"{name!r} to {plain}" for name in names if (plain := name.strip().lower()) in known and plain != name]
+    return f"; names are exact: rename {', '.join(near)}" if near else ""
 
 
 def find_warnings(
@@ -140,6 +170,32 @@ def find_warnings(
     pairs = col.first_of_each(labels[known], categories[known])
     distinct, counts = np.unique(labels[known][pairs], return_counts=True)
     warn(distinct[counts > 1], "labels have several categories")
+    return warnings
+
+
+def name_warnings(unknown: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Warn of ignored columns whose names are those of optional columns but for case and spaces."""
+    absent = [name for name in COLUMNS if name not in known]
+    hint = name_hint(unknown, absent)
+    return [f"columns are ignored{hint}"] if hint else []
+
+
+def sequence_warnings(sequences: Ids, num_minus_one: int) -> list[str]:
+    """Warn of sequences that are most likely a word for a missing value.
+
+    Args:
+        sequences: (rows,) int64 codes, -1 for none.
+        num_minus_one: rows of sequence -1.
+    """
+    warnings = []
+    if num_minus_one:
+        warnings.append(f"{num_minus_one:,} rows have the sequence -1, which is read as none")
+    counts = np.bincount(sequences[sequences >= 0], minlength=1)
+    if 2 * counts.max() > len(sequences) > 1:
+        warnings.append(
+            f"{counts.max():,} of {len(sequences):,} rows are of one sequence, and never retrieve each other; the "
+            f"first is row {int(np.argmax(sequences == counts.argmax()))}"
+        )
     return warnings
 
 

@@ -100,7 +100,7 @@ def _item(reader: ImageReader, row: int, distance: float | None = None) -> Searc
     """A row with its picture, or with why there is none."""
     table = reader.table
     split = "train" if table.is_train[row] else "validation"
-    title, path = f"row {row}, label {table.labels[row]}, {split}", table.paths[row].as_py()
+    title, path = f"row {row}, label {table.label_text(row)}, {split}", table.paths[row].as_py()
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():

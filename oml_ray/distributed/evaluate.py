@@ -13,6 +13,7 @@ import numpy as np
 from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig, dump, nodes
 from oml_ray.data.filesystem import resolve
+from oml_ray.data.ground_truth import check_ground_truth
 from oml_ray.data.table import Table
 from oml_ray.distributed import embed, gallery, reranking, runs, sources
 from oml_ray.distributed.progress import say
@@ -67,6 +68,7 @@ def check(table: Table) -> None:
             f"{table.source} has {len(table.query_ids)} queries and {len(table.gallery_ids)} gallery rows: "
             "an evaluation needs both (columns is_query and is_gallery on validation rows)."
         )
+    check_ground_truth(table)
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -87,7 +87,7 @@ def _picture(reader: ImageReader, row: int, distance: float | None = None, relev
     image.save(buffer, "JPEG", quality=85)
     category = int(table.categories[row])
     where = f", {table.category_names[category]}" if category >= 0 else ""
-    return Picture(buffer.getvalue(), f"row {row}, label {table.labels[row]}{where}", distance, relevant)
+    return Picture(buffer.getvalue(), f"row {row}, label {table.label_text(row)}{where}", distance, relevant)
 
 
 def baseline(history: list[dict[str, Any]]) -> dict[str, Any] | None:

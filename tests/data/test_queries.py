@@ -65,7 +65,7 @@ def test_a_table_gives_paths_and_boxes_alone(tmp_path: Path) -> None:
         ("a.csv", "path,x_1\nx.png,3\n", "a box needs all four columns"),
         ("a.csv", "path,path\nx.png,x.png\n", "a column is there twice: path"),
         ("a.parquet", "path\nx.png\n", "cannot be read"),
-        ("a.jpg", "", r"must end in \.csv or \.parquet, not '\.jpg'"),
+        ("a.jpg", "", r"must end in \.csv, \.tsv .* or \.parquet, not '\.jpg'"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, name: str, text: str, expected: str) -> None:

@@ -62,7 +62,9 @@ def test_good_table(tmp_path: Path) -> None:
     assert table.validation_ids.tolist() == [2, 3]
     assert table.query_ids.tolist() == [2, 3]
     assert table.gallery_ids.tolist() == [3]
-    assert table.warnings == []
+    assert table.warnings == [
+        "1 of 2 queries have no ground truth (no gallery row of their label besides themselves and their sequence): 3"
+    ]
     assert [table.uri(row) for row in range(4)] == ["/a.png", "/b, c.png", "/abs/../d.png", "s3://bucket/e.png"]
 
 
@@ -106,7 +108,7 @@ def test_missing_file_and_unknown_suffix(tmp_path: Path) -> None:
         read_table(tmp_path / "absent.csv")
     with pytest.raises(TableError, match=r"absent\.parquet: there is no such file"):
         read_table(f"file://{tmp_path}/absent.parquet")
-    with pytest.raises(TableError, match=r"must end in \.csv or \.parquet, not '\.xlsx'"):
+    with pytest.raises(TableError, match=r"must end in \.csv, \.tsv .* or \.parquet, not '\.xlsx'"):
         read_table("table.xlsx")
     with pytest.raises(StorageError, match="unknown scheme"):
         read_table("nowhere://table.csv")
@@ -203,7 +205,7 @@ def test_only_the_first_rows_are_listed(tmp_path: Path) -> None:
         ("9223372036854775807", 2**63 - 1),
         ("0009223372036854775807", 2**63 - 1),
         ("1234567890123456789.0", 1234567890123456789),
-        *[(bad, None) for bad in ("3.5", "3e2", "0x1F", "1_000", "--3", "-", ".0", "nan", "True", "\uff13")],
+        *[(bad, None) for bad in ("3.5", "3e2", "0x1F", "1_000", "--3", "-", ".0", "True", "\uff13")],
         *[(bad, None) for bad in ("9223372036854775808", "-99999999999999999999", "9" * 40)],
     ],
 )
@@ -361,6 +363,8 @@ def test_warnings(tmp_path: Path) -> None:
         "1 rows repeat the image (path and box) of an earlier row: 1",
         "1 train labels have a single instance: 2",
         "1 labels have several categories: 1",
+        "2 of 2 queries have no ground truth (no gallery row of their label besides themselves and their sequence): "
+        "4, 5",
     ]
 
 

@@ -140,6 +140,16 @@ def test_planted_faults_of_images_are_told_and_shown(faulty: Path, check: Check,
     assert [path.name for path in page.parent.iterdir()] == ["doctor.html"]
 
 
+def test_labels_are_shown_with_their_names(clean: Path, check: Check, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "white").save(clean.parent / "images" / "0_0.png")
+    header, *rows = clean.read_text().splitlines()
+    named = [f"{header},label_name", *(f"{row},bird {row.partition(',')[0]}" for row in rows)]
+    clean.write_text("\n".join(named) + "\n")
+    status, _, error = check(clean, "--images", "--page", str(tmp_path / "page.html"))
+    assert (status, error) == (0, "")
+    assert "row 0, label 0 (bird 0), train" in (tmp_path / "page.html").read_text()
+
+
 def test_a_clean_table_has_no_findings(clean: Path, check: Check, tmp_path: Path) -> None:
     table = read_table(clean)
     store = write_store(tmp_path / "store", table, clustered(table.labels), np.arange(len(table)))

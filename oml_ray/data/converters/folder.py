@@ -23,8 +23,8 @@ def convert_folder(source: Path, validation_share: float = 0.5, seed: int | None
             literature does with CUB and CARS.
 
     Returns:
-        The rows in the order of their paths; labels are positions, from 0, among the sorted names of the folders. On
-        validation each image is both query and gallery.
+        The rows in the order of their paths; labels are positions, from 0, among the sorted names of the folders, which
+        are kept as `label_name`. On validation each image is both query and gallery.
 
     Raises:
         StorageError: there is no such folder, or it cannot be listed.
@@ -58,4 +58,5 @@ def convert_folder(source: Path, validation_share: float = 0.5, seed: int | None
     positions = {name: position for position, name in enumerate(label_names)}
     labels = pd.Series([positions[name.split("/")[0]] for name in names], dtype=np.int64)
     frame = pd.DataFrame({"label": labels, "path": names}).assign(**splits(~labels.isin(validation)), category="")
+    frame["label_name"] = [name.split("/")[0] for name in names]
     return Conversion(frame, [f"passed over: {num_others:,} files that are no images"] if num_others else [])

@@ -19,14 +19,14 @@ def test_labels_are_folders_by_name_and_the_last_half_validates(tmp_path: Path) 
     write_images(source, "wren/b.jpg", "wren/a.JPEG", "auk/deep/er/1,2.png", "auk/0.png", "Kite/x y.webp", "owl/ü.bmp")
     write_images(source, ".hidden/a.jpg", "owl/.b.jpg", "owl/.c/d.jpg", "owl/notes.txt", "list.csv")
     header, rows, told = converted("folder", source)
-    assert header == "label,path,split,is_query,is_gallery,category"
+    assert header == "label,path,split,is_query,is_gallery,category,label_name"
     assert rows == [
-        "0,Kite/x y.webp,train,,,",
-        "1,auk/0.png,train,,,",
-        "1,auk/deep/er/1,2.png,train,,,",
-        "2,owl/ü.bmp,validation,True,True,",
-        "3,wren/a.JPEG,validation,True,True,",
-        "3,wren/b.jpg,validation,True,True,",
+        "0,Kite/x y.webp,train,,,,Kite",
+        "1,auk/0.png,train,,,,auk",
+        "1,auk/deep/er/1,2.png,train,,,,auk",
+        "2,owl/ü.bmp,validation,True,True,,owl",
+        "3,wren/a.JPEG,validation,True,True,,wren",
+        "3,wren/b.jpg,validation,True,True,,wren",
     ]
     assert "  passed over: 2 files that are no images" in told
     assert any("1 train labels have a single instance: 0" in line for line in told)
