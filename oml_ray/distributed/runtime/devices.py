@@ -11,12 +11,21 @@ import os
 
 import torch
 
+from oml_ray.errors import ResourceError
+
 FAKE_GPUS = "OML_RAY_FAKE_GPUS"
 
 
 def num_fake_gpus() -> int:
-    """Count the GPUs that this machine simulates: 0 where it uses what it has."""
-    return int(os.environ.get(FAKE_GPUS) or 0)
+    """Read how many GPUs this machine simulates: 0 where it uses what it has.
+
+    Raises:
+        ResourceError: the environment variable is not a number.
+    """
+    text = os.environ.get(FAKE_GPUS) or "0"
+    if not text.isdecimal():
+        raise ResourceError(f"{FAKE_GPUS}: should be a number of GPUs, found {text!r}.")
+    return int(text)
 
 
 def device_of(use_gpu: bool) -> torch.device:

@@ -85,9 +85,11 @@ def check_gpus(gpu_nodes: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ResourceError: PyTorch cannot use a GPU; names the node, the driver, the card and its compute capability.
     """
+    if num_fake_gpus():
+        return
     job = ray.get_runtime_context().get_job_id()
     unchecked = [node["NodeID"] for node in gpu_nodes if (job, node["NodeID"]) not in _checked]
-    if num_fake_gpus() or not unchecked:
+    if not unchecked:
         return
     _checked.update((job, node_id) for node_id in unchecked)
     tasks = [
