@@ -4,19 +4,26 @@ tensors stay on the CPU, and the numbers are those of a run without GPUs."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.fs
 import pytest
 import ray
 import yaml
 from helpers import train_config
 
 from oml_ray.cli import main
+from oml_ray.config import nodes
+from oml_ray.distributed.gallery import GalleryPool
 from oml_ray.distributed.runtime.devices import FAKE_GPUS
 from oml_ray.distributed.runtime.resources import Needs
 from oml_ray.distributed.session import session
+from oml_ray.distributed.shard import Part
+from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
 pytestmark = [pytest.mark.usefixtures("four_gpus"), pytest.mark.timeout(180)]
 
@@ -80,6 +87,19 @@ def test_embedding_and_evaluation_of_the_store(store: Path, tmp_path: Path, capf
     expected = evaluate_store(store, tmp_path / "cpu", {"shards": 3}, scaling={})
     assert found["overall"] == expected["overall"]
     assert found["counts"]["queries"] == 12
+
+
+@pytest.mark.parametrize(("shards", "expected"), [(3, [1, 1, 1]), (6, [2, 2, 2])])
+def test_shards_spread_over_the_gpus(shards: int, expected: list[int], tmp_path: Path) -> None:
+    np.save(tmp_path / "embeddings.npy", np.ones((8, 2), dtype=np.float32))
+    embeddings = UserEmbeddings(pyarrow.fs.LocalFileSystem(), str(tmp_path / "embeddings.npy"))
+    part = Part(embeddings, np.arange(8), np.zeros(8, np.int64), None)
+    pool = GalleryPool(part, nodes.ExactGallery(shards=shards), use_gpu=True)
+    try:
+        gpus_of = ray.get([shard.__ray_call__.remote(lambda _: ray.get_gpu_ids()) for shard in pool.shards])
+    finally:
+        pool.close()
+    assert sorted(Counter(gpu for (gpu,) in gpus_of).values()) == expected
 
 
 @pytest.mark.slow

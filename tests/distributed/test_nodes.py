@@ -25,6 +25,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from oml_ray.distributed.runs import METRICS
+from oml_ray.distributed.runtime.devices import FAKE_GPUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -43,8 +44,8 @@ class Nodes:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def add(self, role: str, cpus: int) -> Any:
-        return self.cluster.add_node(num_cpus=cpus, labels={"role": role}, resources={role: cpus})
+    def add(self, role: str, cpus: int, **more: Any) -> Any:
+        return self.cluster.add_node(num_cpus=cpus, labels={"role": role}, resources={role: cpus}, **more)
 
     def start(self, verb: str, config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
         path = folder / f"{config['run']['name']}_{verb}.yaml"
@@ -163,6 +164,31 @@ def test_a_node_lost_in_evaluation(nodes: Nodes, tmp_path: Path) -> None:
     finish(nodes.start("evaluate", config, tmp_path))
     assert metrics(tmp_path / "lost") == metrics(tmp_path / "whole")
     nodes.cluster.remove_node(kept)
+
+
+def test_a_gallery_on_nodes_without_gpus(
+    nodes: Nodes, small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are embedded on the node with a GPU, and searched on one without; asking for GPUs there is refused."""
+    monkeypatch.setenv(FAKE_GPUS, "1")
+    kept = [nodes.add("train", 1, num_gpus=1), nodes.add("evaluate", 2)]
+    config: dict[str, Any] = {
+        "run": {"name": "placed", "storage": str(tmp_path)},
+        "data": {"table": str(small_table)},
+        "source": {"extractor": {"name": "timm", "model": "test_vit"}, "size": 32},
+        "scaling": {
+            "use_gpu": True,
+            "placement": {"embedding": {"labels": {"role": "train"}}, "gallery": PLACEMENT["gallery"]},
+        },
+    }
+    refused = nodes.start("evaluate", config, tmp_path)
+    assert "oml-ray: scaling.gpu.gallery: " in refused.communicate(timeout=300)[0]
+    assert refused.returncode == 2
+    config["scaling"]["gpu"] = {"gallery": False}
+    finish(nodes.start("evaluate", config, tmp_path))
+    assert (tmp_path / "placed" / METRICS).exists()
+    for node in kept:
+        nodes.cluster.remove_node(node)
 
 
 @pytest.mark.long
