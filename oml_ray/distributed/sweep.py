@@ -16,7 +16,7 @@ from oml_ray.distributed import evaluate, optuna_search, runs, sweep_resources, 
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.runtime import gallery_resources
 from oml_ray.distributed.runtime.failures import unwrapped
-from oml_ray.distributed.session import is_given, session
+from oml_ray.distributed.session import check_given, is_given, session
 from oml_ray.distributed.sweep_table import showing
 from oml_ray.distributed.trial import training_of
 from oml_ray.distributed.trials import Record
@@ -73,9 +73,12 @@ def dry_run(config: SweepConfig) -> None:
     config = sweep_runs.resolved(config)
     runs.check_name(config, sweep_runs.MAY_DIFFER)
     _check(config)
+    needed = sweep_resources.needs(config)
     if is_given():
-        with session(sweep_resources.needs(config)):
+        with session(needed):
             sweep_resources.at_once(config, ray.nodes())  # type: ignore[no-untyped-call]
+    else:
+        check_given(needed)
     if config.tune.search != "optuna":
         for index in range(config.num_trials):
             say(f"# trial {index:04d}: {shown(config.draw(index))}")

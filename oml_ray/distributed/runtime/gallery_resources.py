@@ -53,4 +53,4 @@ def say_indexes_on_cpu(evaluation: nodes.Evaluation, scaling: nodes.Scaling) -> 
     galleries |= {f"evaluation.compare.{number}": gallery for number, gallery in enumerate(evaluation.compare)}
     for key, gallery in galleries.items():
         if (reason := cpu_reason(gallery)) is not None:
-            say(f"{key} is searched on the CPU: {reason}")
+            say(f"# {key} is searched on the CPU: {reason}")

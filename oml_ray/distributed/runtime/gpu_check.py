@@ -110,9 +110,9 @@ def check_gpus(gpu_nodes: Sequence[Mapping[str, Any]]) -> None:
         if report.problem:
             raise ResourceError(problem_of(report))
     for text, count in Counter(map(str, reports)).items():
-        say(f"GPU: {text}" + f" on {count} nodes" * (count > 1))
+        say(f"# GPU: {text}" + f" on {count} nodes" * (count > 1))
     if busy:
-        say(f"GPUs of {len(busy)} nodes are in use by others: not checked")
+        say(f"# GPUs of {len(busy)} nodes are in use by others: not checked")
 
 
 def problem_of(report: GpuReport) -> str:
@@ -151,6 +151,6 @@ def check_local_gpus(gpus: float) -> None:
         hint = f" ({inspect_gpu().problem})"
     raise ResourceError(
         f"scaling.use_gpu: {gpus:g} GPUs are needed, but PyTorch finds {num} on this machine{hint}: set "
-        "scaling.use_gpu: false, lower scaling.num_workers or evaluation.embed.actors, or run on a Ray cluster with "
-        "GPUs (RAY_ADDRESS)."
+        "scaling.use_gpu: false, run some stages on CPUs (scaling.gpu), lower scaling.num_workers or "
+        "evaluation.embed.actors, or run on a Ray cluster with GPUs (RAY_ADDRESS)."
     )

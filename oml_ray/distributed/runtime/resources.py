@@ -105,7 +105,14 @@ def check_resources(needs: Needs) -> None:
     cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     if needs.may_grow:
         _say_awaited(needs, cpus, gpus)
-        return
+    else:
+        _check_sizes(needs, alive, cpus, gpus)
+    if needs.gpus:
+        check_gpus([node for node in alive if any(group.gpus and group.room_on(node) for group in needs.groups)])
+
+
+def _check_sizes(needs: Needs, alive: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> None:
+    """Refuse what the present nodes, with `cpus` and `gpus` in all, cannot hold."""
     for group in needs.groups:
         _check_selected(group, alive)
     if cpus < needs.cpus:
@@ -126,8 +133,6 @@ def check_resources(needs: Needs) -> None:
         if free.get(name, 0.0) < needed:
             unused = free.get(name, 0.0)
             say(f"waiting for {name}s: {needed:g} are needed, {unused:g} of the cluster's {total:g} are free")
-    if needs.gpus:
-        check_gpus([node for node in alive if any(group.gpus and group.room_on(node) for group in needs.groups)])
 
 
 def _say_awaited(needs: Needs, cpus: float, gpus: float) -> None:
