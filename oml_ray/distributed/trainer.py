@@ -62,10 +62,10 @@ def needs(config: TrainConfig) -> Needs:
 
 
 def _all_needs(config: TrainConfig) -> Needs:
-    found = needs(config) | evaluate.needs(config.evaluation, config.scaling)
+    needed = needs(config) | evaluate.needs(config.evaluation, config.scaling)
     if config.model is not None:  # pairs are mined by exact search
-        found |= gallery_resources.needs(gallery.exactly(config.evaluation.gallery), config.scaling)
-    return found
+        needed |= gallery_resources.needs(gallery.exactly(config.evaluation.gallery), config.scaling)
+    return needed
 
 
 def prepare(config: TrainConfig) -> Table:

@@ -204,22 +204,20 @@ class FaissSearcher:
         self.num_lists = 0 if lists is None else int(lists.nlist)
         self.index = _on_gpu(index, settings.factory) if settings.use_gpu else index
         self.settings = settings
+        self._copied: tuple[FaissSettings, Any] | None = None
 
     def candidates(self, points: Float32Array, num: int) -> Int64Array:
-        """Positions (q, num) of the points presumed nearest, -1 where the looked-through lists hold fewer.
-
-        Raises:
-            EmbeddingError: more candidates than FAISS finds on a GPU.
-        """
-        if self.settings.use_gpu and num > faiss_gpu.MAX_SELECTED:
-            raise EmbeddingError(
-                f"faiss: a query needs {num} candidates, as many as k times rescore_factor and what it excludes (its "
-                f"sequence) come to; on a GPU there are at most {faiss_gpu.MAX_SELECTED}: set "
-                "scaling.gpu.gallery: false."
-            )
+        """Positions (q, num) of the points presumed nearest, -1 where the looked-through lists hold fewer."""
+        is_gpu_enough = not self.settings.use_gpu or num <= faiss_gpu.MAX_SELECTED
         with _threads(self.settings.num_threads):
-            positions: Int64Array = self.index.search(points, num)[1]
+            positions: Int64Array = (self.index if is_gpu_enough else self._cpu_copy()).search(points, num)[1]
         return positions
+
+    def _cpu_copy(self) -> Any:
+        """A copy on the CPU that searches with the same settings, for more candidates than a GPU selects."""
+        if self._copied is None or self._copied[0] is not self.settings:
+            self._copied = self.settings, self._on_cpu()
+        return self._copied[1]
 
     def num_bytes(self) -> int:
         """Size of the index in bytes, as written."""
