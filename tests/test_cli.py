@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 import yaml
-from helpers import HEADER, train_config
+from helpers import HEADER, train_config, write_images
 from ray.cluster_utils import Cluster
 
 from oml_ray.cli import main
@@ -59,6 +59,23 @@ CASES: dict[str, tuple[list[Change], str]] = {
     "missing column": ([table_with("1,a.png,train,", header="label,path,split,is_query")], "is_gallery"),
     "label not integer": ([table_with(*TRAIN, "cat,e.png,validation,1,1")], "cat"),
     "query label not in the gallery": ([table_with(*TRAIN, *VALIDATION, "4,g.png,validation,1,0")], "4"),
+    "nothing to validate on": (
+        [table_with(*TRAIN), BALANCED],
+        "has no validation rows, but validation is on (every: 1, at_start: true): add rows of split validation with "
+        "is_query and is_gallery, or train without any evaluation: --set validation.every=0 validation.at_start=false.",
+    ),
+    "nothing to validate on at the start": (
+        [table_with(*TRAIN), BALANCED, setting(validation={"every": 0})],
+        "validation is on (every: 0, at_start: true)",
+    ),
+    "batch norm of one image": (
+        [setting(extractor={"model": "test_resnet"}, training={"micro_batch": 1})],
+        "embed 1 image at a time, of which batch norm in training (backbone.",
+    ),
+    "a key that may not change": (
+        [setting(run={"allow_changes": ["seed"]})],
+        "run.allow_changes: 'seed' may not change when a run is continued; allowed: optimizer, ",
+    ),
     "unknown split": ([table_with(*TRAIN, "3,e.png,test,1,0")], "test"),
     "box inverted": (
         [table_with(*(f"{row},5,0,2,9" for row in (*TRAIN, *VALIDATION)), header=f"{HEADER},x_1,y_1,x_2,y_2")],
@@ -123,6 +140,14 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(
     assert printed["training"]["epochs"] == 3
     assert printed["optimizer"]["lr"] == 1e-3
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_without_validation_rows_can_be_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_images(tmp_path / "t", labels=4, instances=3, validation=0)
+    config = train_config(table, tmp_path, validation={"every": 0, "at_start": False}, sampler={"n_labels": 4})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml"), "--dry-run"]) == 0
+    assert "This config can run" in capsys.readouterr().out
 
 
 def test_check_describes_the_table(small_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

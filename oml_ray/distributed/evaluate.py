@@ -23,6 +23,7 @@ from oml_ray.distributed.reporting import (
     print_reranking,
     query_rows,
     random_queries,
+    training_bad_images,
     training_timings,
     worst_queries,
 )
@@ -183,8 +184,7 @@ def measure(
         )
         for stage in stages
     ]
-    bad = {str(row): "see the training's log" for entry in history for row in entry.get("bad_rows", [])}
-    bad |= {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
+    bad = training_bad_images(history)
     bad |= {str(row): reason for row, reason in found.bad.items()}
     document = {
         **metrics,

@@ -103,6 +103,12 @@ def baseline(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"overall": overall}
 
 
+def training_bad_images(history: list[dict[str, Any]]) -> dict[str, str]:
+    """Reasons of the images that a training could not read, by their row ids as text."""
+    bad = {str(row): "see the training's log" for entry in history for row in entry.get("bad_rows", [])}
+    return bad | {row: reason for entry in history for row, reason in entry.get("bad_images", {}).items()}
+
+
 def training_timings(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Timings of training, summed over the epochs: total seconds, count and mean."""
     totals: dict[str, list[float]] = {}

@@ -99,6 +99,7 @@ def _check(config: SweepConfig) -> None:
             tables[key] = build.table(trial.data, config.run.storage)
             for warning in tables[key].warnings:
                 say(f"# warning: {warning}")
+            evaluate.check(tables[key])  # trials are compared by what is validated
         trainer.check(trial, tables[key])
     gallery_resources.say_indexes_on_cpu(config.training.evaluation, config.training.scaling)
     build.check_tracking(config.training)

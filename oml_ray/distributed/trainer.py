@@ -16,6 +16,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from oml_ray import build
+from oml_ray.build.batch_norm import check_batch_norm
 from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
@@ -28,6 +29,9 @@ from oml_ray.distributed.runtime.devices import backend_of
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, ProcessGroup
 from oml_ray.distributed.session import check_given, quiet, session
+from oml_ray.distributed.training.summary import summary
+from oml_ray.distributed.training.unevaluated import report_training
+from oml_ray.errors import ConfigError
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.pairs import Mined
 from oml_ray.training.run_directory import History, RunDirectory
@@ -61,7 +65,9 @@ def needs(config: TrainConfig) -> Needs:
     return training + validation.needs(config) if config.validation.mode == "async" else training
 
 
-def _all_needs(config: TrainConfig) -> Needs:
+def _all_needs(config: TrainConfig, table: Table) -> Needs:
+    if not len(table.validation_ids):
+        return needs(config)
     needed = needs(config) | evaluate.needs(config.evaluation, config.scaling)
     if config.model is not None:  # pairs are mined by exact search
         needed |= gallery_resources.needs(gallery.exactly(config.evaluation.gallery), config.scaling)
@@ -90,7 +96,7 @@ def check(config: TrainConfig, table: Table) -> None:
     Raises:
         OmlRayError: something does not fit.
     """
-    evaluate.check(table)
+    _check_validation(config, table)
     dim = None
     if config.model is not None:
         dim = mining.embedded_store(config, table).embeddings.dimension
@@ -98,7 +104,22 @@ def check(config: TrainConfig, table: Table) -> None:
         check_plan(config, table)
     learner = build.learner(config, table, 0, config.scaling.most_workers, dim)
     build.optimizer(config, learner)
-    evaluate.check_dimension(config, dim or learner.extractor.embedding_dim)  # type: ignore[arg-type]
+    check_batch_norm(config, learner)
+    if len(table.validation_ids):
+        evaluate.check_dimension(config, dim or learner.extractor.embedding_dim)  # type: ignore[arg-type]
+
+
+def _check_validation(config: TrainConfig, table: Table) -> None:
+    """Refuse a table that has nothing to validate on, unless nothing is to be validated."""
+    validation = config.validation
+    if len(table.validation_ids) or config.model is not None:
+        evaluate.check(table)
+    elif validation.every or validation.at_start:
+        raise ConfigError(
+            f"{table.source} has no validation rows, but validation is on (every: {validation.every}, at_start: "
+            f"{str(validation.at_start).lower()}): add rows of split validation with is_query and is_gallery, or train "
+            "without any evaluation: --set validation.every=0 validation.at_start=false."
+        )
 
 
 def check_plan(config: TrainConfig, table: Table, mined: Mined | None = None) -> None:
@@ -113,9 +134,9 @@ def check_plan(config: TrainConfig, table: Table, mined: Mined | None = None) ->
 def dry_run(config: TrainConfig) -> None:
     """Check everything that can be checked without computing, and print the resolved config."""
     config = runs.resolved(config)
-    prepare(config)
+    table = prepare(config)
     build.check_tracking(config)
-    check_given(_all_needs(config))
+    check_given(_all_needs(config, table))
     runs.say_checked(config)
 
 
@@ -133,11 +154,14 @@ def train(config: TrainConfig) -> None:
     for change in runs.changes(config) or ():
         say(f"continued with {change}")
     run = runs.open_run(config)
-    with tracked(config, run), session(_all_needs(config)), unwrapped():
+    with tracked(config, run), session(_all_needs(config, table)), unwrapped():
         fit(config, table, run)
         timings: dict[str, float] = {}
         runs.replace_lost_best(run)
         best = join(run.uri, checkpoints.FOLDER, "best")
+        if not len(table.validation_ids):
+            report_training(run, config, table, partial(track, config, run, best))
+            return
         if config.model is not None:
             embedded = mining.embedded_store(config, table)
             config = reranking_by(config, best)
@@ -233,6 +257,8 @@ def fit(
     if config.model is not None:
         mined = mining.mine(config, table)
         check_plan(config, table, mined)
+    for line in summary(config, table, build.plan(config, table, mined), run.uri):
+        say(line)
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     payload = {
         "config": config.model_dump(mode="json"),

@@ -25,6 +25,7 @@ from oml_ray.distributed.session import quiet
 from oml_ray.distributed.worker import POINTER
 from oml_ray.errors import EmbeddingError, OmlRayError
 from oml_ray.retrieval.metrics import means
+from oml_ray.retrieval.metrics.spread import SPREAD, moments, spread
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training import elsewhere
 from oml_ray.training.records import Records
@@ -154,7 +155,9 @@ def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int, mos
     result = search(embedded, evaluation.only_listed, evaluation.gallery, config.scaling, most_gpus=most_gpus)
     if not (result.num_relevant > 0).any():
         raise EmbeddingError("No validation query is left that has a relevant gallery item: nothing can be scored.")
-    return means(result.values)
+    node = config.evaluation.gallery
+    blocks = (block.embeddings for block in embedded.blocks(embedded.embeddings.ids(), node.block_rows))
+    return {**means(result.values), SPREAD: spread([moments(blocks, embedded.embeddings.dimension)])}
 
 
 def settle(config: TrainConfig, table: Table, most_gpus: int | None) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from oml_ray.learning.extractors import Extractor
 from oml_ray.retrieval import exact
 from oml_ray.retrieval.exclusion import ground_truth_counts
 from oml_ray.retrieval.metrics import means, per_query
+from oml_ray.retrieval.metrics.spread import SPREAD, moments, spread
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
 from oml_ray.retrieval.rows import Rows
 from oml_ray.training.context import Context, all_objects, contiguous_share
@@ -44,7 +45,7 @@ class Validator:
     """Rows of a block of queries or gallery."""
 
     def __call__(self, extractor: Extractor, context: Context) -> dict[str, float]:
-        """Return `family.k` -> mean over the queries with a ground truth; called by every rank, equal on all.
+        """Return `family.k` -> mean over the queries with a ground truth, and `spread`; on every rank, equal on all.
 
         Raises:
             EmbeddingError: no query is left to score.
@@ -57,6 +58,9 @@ class Validator:
             queries = present[table.is_query[present]]
             gallery = present[table.is_gallery[present]]
             neighbors = self._search(ids, embeddings, extractor.embedding_dim, context)
+            starts = range(0, len(embeddings), self.block_rows)
+            blocks = (embeddings[start : start + self.block_rows] for start in starts)
+            parts = all_objects(moments(blocks, extractor.embedding_dim), context)
         labels, sequences = table.labels, table.sequences
         counts = ground_truth_counts(
             queries, labels[queries], sequences[queries], gallery, labels[gallery], sequences[gallery]
@@ -65,7 +69,7 @@ class Validator:
             raise EmbeddingError("No validation query is left that has a relevant gallery item: nothing can be scored.")
         relevant = (neighbors.ids >= 0) & (labels[neighbors.ids] == labels[queries][:, None])  # (queries, k)
         values = per_query(relevant, neighbors.counts, counts, **self.metrics)
-        return means(values)
+        return {**means(values), SPREAD: spread(parts)}
 
     @torch.no_grad()
     def _embed(

@@ -47,7 +47,8 @@ def unbroken(small_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_everything_of_a_run_lies_in_its_folder(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()}
     assert names == {
-        "config.yaml", "checkpoints", "history.jsonl", "metrics.json", "report.html", "embeddings", "tensorboard",
+        "config.yaml", "checkpoints", "history.jsonl", "logs", "metrics.json", "report.html", "embeddings",
+        "tensorboard",
     }  # fmt: skip
     metrics = json.loads((unbroken / "metrics.json").read_text())
     counts = {"queries": 12, "gallery": 12, "without_ground_truth": 0, "bad_images": 0, "second_searches": 0}
@@ -185,3 +186,51 @@ def test_bad_images_can_be_skipped_and_are_listed(tmp_path: Path) -> None:
     report = (tmp_path / "run" / "report.html").read_text()
     assert "2_1.png" in report
     assert "8_2.png" in report
+
+
+def test_a_training_without_validation_rows_ends_without_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_images(tmp_path / "t", labels=5, instances=3, validation=0)
+    nodes = {"validation": {"every": 0, "at_start": False}, "training": {"epochs": 1, "precision": "fp64"}}
+    config = train_config(table, tmp_path, scaling={"num_workers": 1}, **nodes)
+    assert main(["train", write(config, tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"table: {table}: 15 train rows of 5 labels; no validation rows" in lines
+    assert "plan: 1 epoch of 1 step, 15 images in the global batch, 1 worker on CPU" in lines
+    assert f"run: {tmp_path / 'run'}" in lines
+    assert any(line.startswith(f"nothing was evaluated: {table} has no validation rows") for line in lines)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["overall"] == metrics["categories"] == {}
+    assert metrics["counts"]["queries"] == 0
+    assert "train/step" in metrics["timings"]
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text(), "the curve of the loss"
+    pointers = [(tmp_path / "run" / "checkpoints" / name).read_text() for name in ("best", "last")]
+    assert pointers == ["step_00000001"] * 2
+    assert main(["train", write(config, tmp_path)]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_to_more_epochs(
+    small_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gloo: Gloo
+) -> None:
+    """One epoch, evaluated, and then another one: the end is that of two epochs at once, with results of its own."""
+    nodes: dict[str, Any] = {"schedule": {"name": "constant"}, "validation": {"at_start": False}}
+    for epochs in (1, 2):
+        training = {"epochs": epochs, "precision": "fp64"}
+        config = train_config(small_table, tmp_path, scaling={"num_workers": 1}, training=training, **nodes)
+        assert main(["train", write(config, tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "continued with training.epochs: 1 -> 2" in out
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["epoch"]) for row in history] == [
+        ("train", 0), ("validation", 0), ("train", 1), ("validation", 1),
+    ]  # fmt: skip
+    best = (tmp_path / "run" / "checkpoints" / "best").read_text()
+    row = next(row for row in history if row["kind"] == "validation" and f"step_{row['step']:08d}" == best)
+    overall = json.loads((tmp_path / "run" / "metrics.json").read_text())["overall"]
+    assert overall["cmc"]["1"]["value"] == pytest.approx(row["cmc.1"], abs=1e-9)
+    (tmp_path / "at_once").mkdir()
+    gloo(1, [{"config": train_config(small_table, tmp_path / "at_once", **nodes)}])
+    assert difference(weights(tmp_path / "run"), weights(tmp_path / "at_once" / "run")) < 1e-10

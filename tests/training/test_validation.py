@@ -84,6 +84,9 @@ def test_scores_equal_a_naive_loop(tmp_path: Path, bad: set[int], block_rows: in
     scores = validator(extractor, LocalContext(Rows(bad)))  # type: ignore[arg-type]
     expected = naive(table, embeddings, bad, 4)
     assert (scores["cmc.4"], scores["map.4"]) == pytest.approx(expected, abs=1e-12)
+    readable = embeddings[[row for row in range(60) if row not in bad]].astype(np.float64)
+    deviations = ((readable - readable.mean(axis=0)) ** 2).sum(axis=1)
+    assert scores["spread"] == pytest.approx(deviations.mean() / (readable**2).sum(axis=1).mean(), abs=1e-12)
 
 
 def test_nothing_to_score_is_an_error(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class TrainRun(Run):
         for key in value:
             if not any(f"{key}.".startswith(f"{allowed}.") for allowed in ALLOWED_CHANGES):
                 raise ValueError(
-                    f"allow_changes: {key!r} may not change when a run is continued; allowed: "
+                    f"{key!r} may not change when a run is continued; allowed: "
                     f"{', '.join(ALLOWED_CHANGES)}, and keys below these"
                 )
         return value
