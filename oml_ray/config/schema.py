@@ -249,7 +249,7 @@ class SearchConfig(Node):
     source: ImageSource
     """What embeds the queries: what made the store."""
     queries: Annotated[str, Field(min_length=1)]
-    """Folder of images, searched with all its folders, or a CSV or Parquet table with a column path."""
+    """Folder of images, searched with all its folders, or a CSV, TSV or Parquet table with a column path."""
     data: QueryImages = QueryImages()
     """How they are read."""
     gallery: Annotated[str, Field(min_length=1)]

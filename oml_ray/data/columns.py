@@ -153,6 +153,16 @@ def first_of_each(*keys: NDArray[np.integer]) -> Mask:
     return first
 
 
+def named_label(label: int, name: str | None) -> str:
+    """Label as a text for people, with its name if it has one.
+
+    Example:
+        >>> named_label(3, "cat"), named_label(4, None)
+        ('3 (cat)', '4')
+    """
+    return f"{label}" if name is None else f"{label} ({name})"
+
+
 def name_rows(mask: Mask, *found: pa.LargeStringArray, limit: int = 5) -> str:
     """Say how many rows are marked, and what stands in the first of them.
 

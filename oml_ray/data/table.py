@@ -113,15 +113,9 @@ class Table:
         return path if is_uri(path) else join(self.root, path)
 
     def label_text(self, row_id: int) -> str:
-        """Give an instance's label as text, with its name if it has one.
-
-        Example:
-            >>> columns = pa.table({"label": [3, 4], "label_name": ["cat", None]})
-            >>> [table_of(columns, "cats").label_text(row) for row in (0, 1)]
-            ['3 (cat)', '4']
-        """
+        """Give an instance's label as text, with its name if it has one."""
         name = None if self.label_names is None else self.label_names[row_id].as_py()
-        return f"{self.labels[row_id]}" if name is None else f"{self.labels[row_id]} ({name})"
+        return col.named_label(self.labels[row_id], name)
 
     def _arrays(self) -> list[NDArray[Any]]:
         arrays = [self.labels, self.is_train, self.is_query, self.is_gallery, self.categories, self.sequences]

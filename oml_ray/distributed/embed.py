@@ -259,6 +259,8 @@ def columns_of(table: Table, ids: Ids) -> dict[str, Any]:
         "category": pa.array(names[codes], pa.string()),
         "sequence": _or_null(table.sequences[ids]),
     }
+    if table.label_names is not None:
+        columns["label_name"] = table.label_names.take(ids)
     if table.boxes is not None:
         columns |= {name: _or_null(table.boxes[ids, side]) for side, name in enumerate(("x_1", "y_1", "x_2", "y_2"))}
     return columns

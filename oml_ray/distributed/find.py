@@ -18,6 +18,7 @@ from pyarrow import parquet
 from oml_ray import build
 from oml_ray.config import SearchConfig, dump, nodes
 from oml_ray.config.schema import QueryImages
+from oml_ray.data.columns import named_label
 from oml_ray.data.filesystem import is_uri, join, read_bytes, resolve
 from oml_ray.data.image_decoding import decode
 from oml_ray.data.queries import read_queries
@@ -55,9 +56,9 @@ class Gallery:
         return Part(self.embeddings, ids, np.zeros_like(ids), None)
 
     def images(self, ids: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Path and box of some instances, by id."""
+        """Path, box and label of some instances, by id."""
         wanted = np.unique(np.fromiter(ids, np.int64))
-        columns = [name for name in ("id", "path", *BOX) if name in self.embeddings.columns]
+        columns = [name for name in ("id", "path", "label", "label_name", *BOX) if name in self.embeddings.columns]
         parts = self.store.parts(self.manifest, columns, wanted)
         rows = (row for part in parts for row in part.filter(np.isin(part["id"], wanted)).to_pylist())
         return {row["id"]: row for row in rows}
@@ -241,7 +242,8 @@ def _rows(config: SearchConfig, table: Table, searched: Gallery, shown: list[Sho
             image = images[row]
             uri = _gallery_uri(image["path"], config.gallery_root)
             box = [image[side] for side in BOX] if image.get(BOX[0]) is not None else None
-            neighbors.append(SearchItem(f"id {row}", image["path"], *_picture(uri, box, config.data), distance))
+            title = f"id {row}, label {named_label(image['label'], image.get('label_name'))}"
+            neighbors.append(SearchItem(title, image["path"], *_picture(uri, box, config.data), distance))
         rows.append(SearchRow(SearchItem(f"query {query.query}", path, picture, problem), neighbors))
     return rows
 

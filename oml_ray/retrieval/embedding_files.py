@@ -23,7 +23,7 @@ Blocks = Iterator[tuple[Int64Array, Float32Array]]
 EMBEDDING = "embedding"
 TABLE_COLUMNS = (
     *("id", "label", "path", "split", "is_query", "is_gallery", "category", "sequence"),
-    *("x_1", "y_1", "x_2", "y_2"),
+    *("x_1", "y_1", "x_2", "y_2", "label_name"),
 )
 ALLOWED = "float16, float32 or float64"
 BUFFER_BYTES = 2**20  # a column is read in pieces of this size, not a row group at a time

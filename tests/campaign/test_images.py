@@ -42,6 +42,13 @@ def saved(kind: str, mode: str = "RGB", frames: int = 1, **options: Any) -> byte
     return buffer.getvalue()
 
 
+def turned() -> Image.Exif:
+    """EXIF of an image that is upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif
+
+
 FILES = {
     "png": saved("PNG"),
     "png palette": saved("PNG", "P", transparency=3),
@@ -63,6 +70,11 @@ FILES = {
     "webp": saved("WEBP"),
     "webp lossless": saved("WEBP", "RGBA", lossless=True),
     "webp animated": saved("WEBP", frames=3),
+    "png alpha": saved("PNG", "LA"),
+    "png transparent value": saved("PNG", "I;16", transparency=9),
+    "jpeg turned": saved("JPEG", exif=turned()),
+    "tiff turned": saved("TIFF", exif=turned()),
+    "tiff 32 bits": saved("TIFF", "I"),
     "jp2": saved("JPEG2000"),
 }
 if features.check("avif"):

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from oml_ray.data import columns
 from oml_ray.data.queries import read_queries
-from oml_ray.data.table import Table, check_files_exist, read_table
+from oml_ray.data.table import Table, check_files_exist, read_table, table_of
 from oml_ray.errors import TableError
 
 HEADER = "label,path,split,is_query,is_gallery"
@@ -81,6 +81,11 @@ def test_paths_and_names_of_labels_may_be_any_text(tmp_path: Path) -> None:
     table = read_table(tmp_path / "df.csv")
     assert table.paths.to_pylist() == ["NA", "b"]
     assert [table.label_text(row) for row in (0, 1)] == ["1 (null)", "1"]
+
+
+def test_names_of_labels_come_with_embeddings_too() -> None:
+    table = table_of(pa.table({"label": [3, 4], "label_name": ["cat", None]}), "embeddings.parquet")
+    assert [table.label_text(row) for row in (0, 1)] == ["3 (cat)", "4"]
 
 
 def test_names_of_labels_do_not_make_another_table(tmp_path: Path) -> None:

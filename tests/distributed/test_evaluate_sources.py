@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, row in enumerate(rows):
         label = int(row["label"])
         row["category"] = ["shoes", "bags", ""][label % 3]
+        row["label_name"] = f"model {label}"
         row |= {"sequence": "", **dict.fromkeys(("x_1", "y_1", "x_2", "y_2"), "")}
         if number % 5 == 0:
             row |= {"x_1": "1", "y_1": "0", "x_2": "7", "y_2": "8"}
@@ -337,6 +339,7 @@ def test_pictures_are_shown_where_there_are_images(evaluated: tuple[str, Path, I
     kind, run, _ = evaluated
     report = (run / "report.html").read_text()
     assert ("data:image/jpeg" in report) == (kind in ("store_and_table", "npy"))
+    assert bool(re.search(r"row \d+, label (\d+) \(model \1\)", report)) == (kind in ("store_and_table", "npy"))
 
 
 def test_ways_of_searching_are_compared_with_exact_search(evaluated: tuple[str, Path, Instances]) -> None:

@@ -37,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A gallery of 23 images, embedded as run `gallery`, and a folder of four queries among other files."""
     root = tmp_path_factory.mktemp("search")
     table = write_images(root / "data", labels=6, instances=4, validation=2)
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},label_name", *(f"{row},bird <{row[0]}>" for row in rows)]))
     images = sorted((root / "data" / "images").iterdir())
     (root / "queries" / "b").mkdir(parents=True)
     (root / "queries" / ".git").mkdir()
@@ -121,6 +123,7 @@ def test_the_page_has_pictures_and_no_hostile_names(searched: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;&#34;&#39;&amp;.png" in page
     assert "All 4 queries, in order, with their 3 neighbors" in page
+    assert "id 9, label 2 (bird &lt;2&gt;)" in page
     assert "1 file(s) in" in page  # notes.txt; what is hidden does not count
 
 

@@ -51,7 +51,7 @@ class TrainRun(Run):
 
 class Data(Node):
     table: Annotated[str, Field(min_length=1)]
-    """`figures` (generated), or a path or URI of a CSV or Parquet table."""
+    """`figures` (generated), or a path or URI of a CSV, TSV or Parquet table, or of a folder of Parquet files."""
     root: str | None = None
     """Folder or URI that the table's paths are relative to; null: the table's own folder."""
     on_bad_image: Literal["error", "skip"] = "error"
