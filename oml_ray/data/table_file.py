@@ -159,8 +159,8 @@ def _known(names: list[str]) -> list[str]:
     if len(set(known)) < len(known):
         raise pa.ArrowInvalid(f"a column is there twice: {', '.join(sorted({n for n in known if known.count(n) > 1}))}")
     if not known:  # what has no column of ours is most likely no table of ours
-        found = ", ".join(map(repr, names[:20])) or "none"
+        listed = ", ".join(map(repr, names[:20])) or "none"
         known_names = ", ".join(checks.COLUMNS)
         hint = checks.name_hint(names, checks.COLUMNS)
-        raise pa.ArrowInvalid(f"none of its columns is known (found: {found}; known: {known_names}){hint}")
+        raise pa.ArrowInvalid(f"none of its columns is known (found: {listed}; known: {known_names}){hint}")
     return known

@@ -81,8 +81,8 @@ def stretched(values: NDArray[Any]) -> NDArray[np.float64]:
 )
 def test_signed_and_32_bit_integers_are_stretched(dtype: str, low: int, high: int, sample_format: int) -> None:
     values = RNG.integers(low, high, (20, 30), dtype=dtype, endpoint=True)
-    found = grey(tiff(values, values.itemsize * 8, sample_format))
-    np.testing.assert_array_equal(found, stretched(values))
+    result = grey(tiff(values, values.itemsize * 8, sample_format))
+    np.testing.assert_array_equal(result, stretched(values))
 
 
 def test_where_white_is_zero_grey_is_inverted() -> None:
@@ -100,9 +100,9 @@ def test_12_bit_grey_has_the_range_of_12_bits() -> None:
 
 def test_floats_inside_0_and_1_are_multiplied() -> None:
     values = (RNG.random((20, 30)) * 0.5).astype(np.float32)
-    found = grey(saved(Image.fromarray(values), "TIFF"))
-    np.testing.assert_array_equal(found, np.rint(values * np.float32(255)))
-    assert 100 < found.max() <= 128
+    result = grey(saved(Image.fromarray(values), "TIFF"))
+    np.testing.assert_array_equal(result, np.rint(values * np.float32(255)))
+    assert 100 < result.max() <= 128
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1), (1e-30, 1e30), (5, 6)])
@@ -164,8 +164,8 @@ def test_a_transparent_entry_of_a_palette_is_the_background(kind: str) -> None:
     is_shape = RNG.random((20, 30)) < 0.5
     image = Image.fromarray(is_shape.astype(np.uint8), "P")
     image.putpalette([0, 0, 0, 9, 8, 7] + [0] * 762)
-    found = pixels(saved(image, kind, transparency=0), background=BACKGROUND)
-    np.testing.assert_array_equal(found, np.where(is_shape[..., None], [9, 8, 7], BACKGROUND))
+    result = pixels(saved(image, kind, transparency=0), background=BACKGROUND)
+    np.testing.assert_array_equal(result, np.where(is_shape[..., None], [9, 8, 7], BACKGROUND))
 
 
 def test_alpha_of_each_entry_of_a_palette() -> None:
@@ -173,8 +173,8 @@ def test_alpha_of_each_entry_of_a_palette() -> None:
     image = Image.fromarray(indices, "P")
     entries, alpha = np.array([[0, 0, 0], [90, 80, 70], [1, 2, 3]]), np.array([0, 128, 255])
     image.putpalette(entries.ravel().tolist())
-    found = pixels(saved(image, "PNG", transparency=bytes(alpha.tolist())), background=BACKGROUND)
-    np.testing.assert_allclose(found, over(entries[indices], alpha[indices][..., None], BACKGROUND), atol=0.6)
+    result = pixels(saved(image, "PNG", transparency=bytes(alpha.tolist())), background=BACKGROUND)
+    np.testing.assert_allclose(result, over(entries[indices], alpha[indices][..., None], BACKGROUND), atol=0.6)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
@@ -189,8 +189,8 @@ def test_a_transparent_value_of_a_png_is_the_background(mode: str) -> None:
         image, transparent = Image.fromarray((values * 40).astype(np.uint8)), 40
     else:
         image, transparent = Image.fromarray((values * 40_000).astype(np.uint16)), 40_000
-    found = pixels(saved(image, "PNG", transparency=transparent), background=BACKGROUND)
-    np.testing.assert_array_equal(found, np.where(values[..., None], BACKGROUND, [0, 0, 0]))
+    result = pixels(saved(image, "PNG", transparency=transparent), background=BACKGROUND)
+    np.testing.assert_array_equal(result, np.where(values[..., None], BACKGROUND, [0, 0, 0]))
 
 
 def test_opaque_alpha_changes_nothing() -> None:

@@ -97,7 +97,7 @@ def test_names_of_labels_do_not_make_another_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sequence", ["-1", "-1.0", " -1"])
-def test_the_sequence_minus_one_is_none_and_told(sequence: str, tmp_path: Path) -> None:
+def test_the_sequence_minus_one_is_none_with_a_warning(sequence: str, tmp_path: Path) -> None:
     rows = [f"{row},{extra}" for row, extra in zip(ROWS, [sequence, "7", sequence, "8"], strict=True)]
     (tmp_path / "df.csv").write_text("\n".join([f"{HEADER},sequence", *rows]))
     table = read_table(tmp_path / "df.csv")
@@ -105,13 +105,13 @@ def test_the_sequence_minus_one_is_none_and_told(sequence: str, tmp_path: Path) 
     assert table.warnings == ["2 rows have the sequence -1, which is read as none"]
 
 
-@pytest.mark.parametrize(("sequences", "told"), [("ssst", True), ("sstt", False), ("rstu", False)])
-def test_a_sequence_of_more_than_half_of_the_rows_is_told(sequences: str, told: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sequences", "is_warned"), [("ssst", True), ("sstt", False), ("rstu", False)])
+def test_a_sequence_of_more_than_half_of_the_rows_is_warned_of(sequences: str, is_warned: bool, tmp_path: Path) -> None:
     rows = [f"{row},{extra}" for row, extra in zip(ROWS, sequences, strict=True)]
     (tmp_path / "df.csv").write_text("\n".join([f"{HEADER},sequence", *rows]))
     warnings = [line for line in read_table(tmp_path / "df.csv").warnings if "of one sequence" in line]
     assert warnings == (
-        ["3 of 4 rows are of one sequence, and never retrieve each other; the first is row 0"] if told else []
+        ["3 of 4 rows are of one sequence, and never retrieve each other; the first is row 0"] if is_warned else []
     )
 
 
@@ -213,7 +213,7 @@ def test_headers_that_differ_in_case_or_spaces_are_named(tmp_path: Path) -> None
         read_queries(tmp_path / "df.csv")
 
 
-def test_an_optional_column_that_is_ignored_for_its_case_is_told(tmp_path: Path) -> None:
+def test_an_optional_column_that_is_ignored_for_its_case_is_warned_of(tmp_path: Path) -> None:
     frame().assign(Sequence=1).to_csv(tmp_path / "df.csv", index=False)
     assert read_table(tmp_path / "df.csv").warnings == [
         "columns are ignored; names are exact: rename 'Sequence' to sequence"
