@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from oml_ray import __version__
 from oml_ray.distributed.imports import uncollected
 from oml_ray.distributed.runtime.driver_log import driver_log
-from oml_ray.errors import OmlRayError
+from oml_ray.errors import OmlRayError, OutOfMemoryError, ProcessDiedError
 from oml_ray.redaction import redact
 
 UNEXPECTED = 1
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.run(parsed)
             sys.stdout.flush()
         except OmlRayError as error:
+            if isinstance(error, ProcessDiedError | OutOfMemoryError):
+                log.write_error(error)
+                log.write_worker_logs()
             text = f"oml-ray: {error}"
             if log.is_temporary and log.has_text():
                 text += f" (messages of libraries: {log.path})"

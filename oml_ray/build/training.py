@@ -68,6 +68,7 @@ def settings(config: TrainConfig) -> Settings:
         checkpoint_every_steps=checkpoint.every_steps,
         keep=checkpoint.keep,
         validate_elsewhere=config.validation.mode == "async",
+        validation_timeout_s=config.validation.timeout_s,
     )
 
 

@@ -27,6 +27,7 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import runs
 from oml_ray.distributed.decoding import Row, error_note, fetched, load_part, raise_noted, unpack
 from oml_ray.distributed.progress import counting, say
+from oml_ray.distributed.runtime.bounded_map import map_batches
 from oml_ray.distributed.runtime.devices import batch_size_of, device_of
 from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, ProcessGroup, placed
@@ -167,15 +168,19 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing))
     # The memory is declared so that the tasks' arguments differ from the actors': with equal ones Ray Data fuses the
     # two, and each actor would decode for itself before it embeds.
-    dataset = dataset.map_batches(
+    dataset = map_batches(
+        dataset,
         partial(load_part, shared, node.rows_per_part),
+        scaling.max_failures,
         batch_size=None,
         num_cpus=1,
         memory=float(2 * 3 * transform.size**2 * node.rows_per_part),  # the images, and their block
         **placed(scaling.placement.decoding),
     )
-    dataset = dataset.map_batches(
+    dataset = map_batches(
+        dataset,
         _Embedder,
+        scaling.max_failures,
         fn_constructor_args=(ray.put(extractor), shared, store, node, use_gpu),
         batch_size=batch_size_of(use_gpu),
         compute=actor_pool(node, len(missing)),

@@ -18,10 +18,10 @@ from oml_ray import build
 from oml_ray.config import nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.samplers import Ids
+from oml_ray.distributed.runtime.failures import actor_options, get
 from oml_ray.distributed.runtime.gallery_resources import shard_group, uses_gpu
 from oml_ray.distributed.runtime.resources import gpu_share, placed
 from oml_ray.distributed.shard import Answer, GalleryShard, Part
-from oml_ray.errors import OmlRayError
 from oml_ray.retrieval import ranks
 from oml_ray.retrieval.fnmr import FnmrAtFmr, FnmrSearch
 from oml_ray.retrieval.neighbors import Neighbors, concatenate, merge
@@ -58,6 +58,28 @@ class Block:
     labels: Ids
     sequences: Ids | None
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"a block of {len(self.ids)} queries"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a shard that is under way."""
+
+    reference: Any
+    work: str
+    """What it does, for the message of its failure."""
+
+    def get(self) -> Any:
+        """Wait for what the call returns.
+
+        Raises:
+            OmlRayError: the user's error, or that the shard ran out of memory or died, with the name of the work.
+        """
+        return get(self.reference, self.work)
+
 
 class GalleryPool:
     """All shards of a gallery."""
@@ -70,6 +92,7 @@ class GalleryPool:
         use_gpu: bool,
         place: nodes.Placement | None = None,
         most_gpus: int | None = None,
+        max_failures: int = nodes.Scaling.model_fields["max_failures"].default,
     ) -> None:
         """Start the shards, which load in parallel, and wait for them.
 
@@ -80,6 +103,7 @@ class GalleryPool:
                 one.
             place: nodes of the shards; None: any.
             most_gpus: GPUs that the shards may hold; None: all of those nodes.
+            max_failures: deaths of each shard to recover from; -1: any number.
 
         Raises:
             OmlRayError: embeddings that cannot be searched, or an index that cannot be built of them.
@@ -95,6 +119,7 @@ class GalleryPool:
                 num_gpus=gpus,
                 # Otherwise those of a sweep's trial would wait for room beside its driver, in a group of one CPU.
                 scheduling_strategy="DEFAULT",
+                **actor_options(max_failures),
                 **placed(place),
             ).remote(gallery, use_gpu)
             for _ in range(count)
@@ -120,10 +145,13 @@ class GalleryPool:
             (ray.put(own), index and join(index, f"shard-{shard:04d}-of-{count:04d}"))
             for shard, own in enumerate(self.parts)
         ]
-        refusals: list[OmlRayError | None] = ray.get(self._ask_all("refusal"))
-        for refusal in filter(None, refusals):
+        try:
+            for call in self._ask_all("loading its part", "refusal"):
+                if (refusal := call.get()) is not None:
+                    raise refusal
+        except BaseException:
             self.close()
-            raise refusal
+            raise
 
     def search(self, blocks: Iterator[Block], k: int) -> Iterator[tuple[Block, Neighbors]]:
         """Answer query blocks in order, a bounded number in flight.
@@ -132,8 +160,8 @@ class GalleryPool:
             A block and its k nearest over the whole gallery.
         """
 
-        def ask(block: Block, embeddings: Any) -> list[Any]:
-            return self._ask_all("search", embeddings, block.ids, block.sequences, k)
+        def ask(block: Block, embeddings: Any) -> list[Call]:
+            return self._ask_all(f"searching {block.name}", "search", embeddings, block.ids, block.sequences, k)
 
         for block, answers in self._each(blocks, ask):
             self.second_searches += sum(answer.second_searches for answer in answers)
@@ -151,10 +179,11 @@ class GalleryPool:
     def ranks(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, ranks.Ranks]]:
         """Rank all relevant instances of query blocks over the whole gallery, in order."""
 
-        def ask(block: Block, embeddings: Any) -> list[Any]:
-            asked = (embeddings, block.ids, block.labels, block.sequences)
-            relevant = _merged.remote(*self._ask_all("relevant", *asked))
-            return [relevant, *self._ask_all("nearer", *asked, relevant)]
+        def ask(block: Block, embeddings: Any) -> list[Call]:
+            work, asked = f"ranking {block.name}", (embeddings, block.ids, block.labels, block.sequences)
+            parts = [call.reference for call in self._ask_all(work, "relevant", *asked)]
+            relevant = Call(_merged.remote(*parts), f"gallery, {work}")
+            return [relevant, *self._ask_all(work, "nearer", *asked, relevant.reference)]
 
         for block, (relevant, *counts) in self._each(blocks, ask):
             yield block, ranks.ranked(relevant, counts)
@@ -164,8 +193,9 @@ class GalleryPool:
         counting = FnmrSearch(fmr)
         while (request := counting.next_request()) is not None:
 
-            def ask(block: Block, embeddings: Any, request: Request = request) -> list[Any]:
-                return self._ask_all("count", embeddings, block.ids, block.labels, block.sequences, request)
+            def ask(block: Block, embeddings: Any, request: Request = request) -> list[Call]:
+                asked = (embeddings, block.ids, block.labels, block.sequences, request)
+                return self._ask_all(f"counting pairs of {block.name}", "count", *asked)
 
             counting.absorb(answer for _, answers in self._each(blocks(), ask) for answer in answers)
         return counting.results()
@@ -187,25 +217,27 @@ class GalleryPool:
             for own in range(count)
         }
         found: list[Neighbors] = []
-        alone: list[Answer] = ray.get(self._ask_all("search_within", k))
-        for own, answer in enumerate(alone):
+        for own, call in enumerate(self._ask_all("searching among its own instances", "search_within", k)):
+            answer: Answer = call.get()
             self.second_searches += answer.second_searches
             found.append(answer.neighbors)
             done(len(self.parts[own].ids) ** 2)
-        flying: dict[Any, tuple[int, int]] = {}
+        flying: dict[Any, tuple[int, int, Call]] = {}
 
         def send(own: int) -> None:
             if waiting[own]:
                 other = waiting[own].pop(0)
                 bounds = found[own].distances[:, -1], found[other].distances[:, -1]
-                flying[self._ask(own, "search_both", self.parts[other], k, bounds)] = (own, other)
+                work = f"searching among the instances of shard {other + 1}"
+                call = self._ask(own, work, "search_both", self.parts[other], k, bounds)
+                flying[call.reference] = (own, other, call)
 
         for own in range(count):
             send(own)
         while flying:
             (landed,), _ = ray.wait(list(flying))
-            own, other = flying.pop(landed)
-            answers: tuple[Answer, Answer] = ray.get(landed)
+            own, other, call = flying.pop(landed)
+            answers: tuple[Answer, Answer] = call.get()
             for place, answer in zip((own, other), answers, strict=True):
                 self.second_searches += answer.second_searches
                 found[place] = merge([found[place], answer.neighbors], k)
@@ -215,14 +247,15 @@ class GalleryPool:
 
     def take(self, wanted: Ids) -> tuple[Ids, Float32Array]:
         """Embeddings of some gallery ids, sorted by id."""
-        found: Sequence[tuple[Ids, Float32Array]] = ray.get(self._ask_all("take", wanted))
+        calls = self._ask_all(f"reading {len(wanted)} embeddings", "take", wanted)
+        found: Sequence[tuple[Ids, Float32Array]] = [call.get() for call in calls]
         ids, embeddings = np.concatenate([part for part, _ in found]), np.concatenate([part for _, part in found])
         order = np.argsort(ids)
         return ids[order], embeddings[order]
 
     def cost(self) -> tuple[int, float]:
         """Bytes of all indexes, and seconds until the last was there."""
-        costs: Sequence[tuple[int, float]] = ray.get(self._ask_all("cost"))
+        costs: Sequence[tuple[int, float]] = [call.get() for call in self._ask_all("measuring its index", "cost")]
         return sum(size for size, _ in costs), max(seconds for _, seconds in costs)
 
     def close(self) -> None:
@@ -230,28 +263,31 @@ class GalleryPool:
         while self.shards:
             ray.kill(self.shards.pop())
 
-    def _ask(self, shard: int, method: str, *arguments: Any) -> Any:
+    def _ask(self, shard: int, work: str, method: str, *arguments: Any) -> Call:
         part, index = self._kept[shard]
-        return self.shards[shard].call.remote([part], index, method, *arguments)
+        reference: Any = self.shards[shard].call.remote([part], index, method, *arguments)
+        return Call(reference, f"gallery shard {shard + 1} of {len(self.parts)}, {work}")
 
-    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        return [self._ask(shard, method, *arguments) for shard in range(len(self.parts))]
+    def _ask_all(self, work: str, method: str, *arguments: Any) -> list[Call]:
+        return [self._ask(shard, work, method, *arguments) for shard in range(len(self.parts))]
 
     def _each(self, blocks: Iterator[Block], ask: Any) -> Iterator[tuple[Block, list[Any]]]:
-        flying: list[tuple[Block, list[Any]]] = []
+        flying: list[tuple[Block, list[Call]]] = []
         for block in blocks:
             flying.append((block, ask(block, ray.put(block.embeddings))))
             if len(flying) >= BLOCKS_IN_FLIGHT:
-                done, answers = flying.pop(0)
-                yield done, ray.get(answers)
-        for done, answers in flying:
-            yield done, ray.get(answers)
+                done, calls = flying.pop(0)
+                yield done, [call.get() for call in calls]
+        for done, calls in flying:
+            yield done, [call.get() for call in calls]
 
 
 def pool_of(part: Part, gallery: nodes.Gallery, scaling: nodes.Scaling, most_gpus: int | None = None) -> GalleryPool:
     """Start the shards of a gallery where `scaling` says; on at most `most_gpus` GPUs, if it says GPUs."""
     use_gpu, place = uses_gpu(gallery, scaling), scaling.placement.gallery
-    return GalleryPool(part, gallery, use_gpu=use_gpu, place=place, most_gpus=most_gpus)
+    return GalleryPool(
+        part, gallery, use_gpu=use_gpu, place=place, most_gpus=most_gpus, max_failures=scaling.max_failures
+    )
 
 
 @ray.remote(num_cpus=0)

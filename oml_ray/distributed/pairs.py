@@ -24,6 +24,7 @@ from oml_ray.data.table import Table
 from oml_ray.distributed.decoding import Row, attempt, error_note, fetched, pack, raise_noted, unpack
 from oml_ray.distributed.embed import actor_pool, make_fast
 from oml_ray.distributed.progress import counting
+from oml_ray.distributed.runtime.bounded_map import map_batches
 from oml_ray.distributed.runtime.devices import batch_size_of, device_of
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, placed
 from oml_ray.distributed.stream import configure
@@ -86,15 +87,19 @@ def judged(judge: Judge, pairs: Pairs, node: nodes.Embed, scaling: nodes.Scaling
     shared = ray.put((loader, pairs))
     dataset = ray.data.range(num_blocks, override_num_blocks=num_blocks)
     # The memory is declared for the reason that embedding has.
-    dataset = dataset.map_batches(
+    dataset = map_batches(
+        dataset,
         partial(_load_block, shared, size),
+        scaling.max_failures,
         batch_size=None,
         num_cpus=1,
         memory=float(2 * 3 * judge.transform.size**2 * 2 * size),
         **placed(scaling.placement.decoding),
     )
-    dataset = dataset.map_batches(
+    dataset = map_batches(
+        dataset,
         _Judging,
+        scaling.max_failures,
         fn_constructor_args=(ray.put(judge.model), shared, size, node, use_gpu),
         batch_size=batch_size_of(use_gpu),
         compute=actor_pool(node, num_blocks),

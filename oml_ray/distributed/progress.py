@@ -21,7 +21,7 @@ POLL_S = 0.5
 LINE_EVERY_S = 30.0  # without a terminal
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+@ray.remote(num_cpus=0)
 class Monitor:
     """Where training's rank 0 says how far it is, and the driver asks."""
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import RayError
 
 from oml_ray.distributed.runtime import local_ray
 from oml_ray.distributed.runtime.devices import num_fake_gpus
@@ -106,6 +105,6 @@ def _start(needs: Needs, dashboard: bool) -> None:
             num_cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
             # Without simulated GPUs Ray counts those of the machine.
             local_ray.start(num_cpus, num_gpus=num_fake_gpus() or None, dashboard=dashboard)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    except Exception as error:  # of many kinds
         where = f"The Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray"
         raise ResourceError(f"{where} cannot be used: {' '.join(str(error).split())}") from None

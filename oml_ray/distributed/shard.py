@@ -57,7 +57,7 @@ class Answer:
     second_searches: int = 0
 
 
-@ray.remote(max_restarts=-1, max_task_retries=-1)
+@ray.remote
 class GalleryShard:
     """A part of the gallery that answers queries."""
 

@@ -26,6 +26,8 @@ from oml_ray.data.plan import Plan
 from oml_ray.data.samplers import Ids
 from oml_ray.data.stream import ItemLoader, PlannedBatch
 from oml_ray.distributed.decoding import load_evaluation, load_training, unpack
+from oml_ray.distributed.runtime._ray_compat import bound_data_actors
+from oml_ray.distributed.runtime.bounded_map import map_batches
 from oml_ray.distributed.runtime.resources import placed
 from oml_ray.distributed.session import quiet
 
@@ -47,6 +49,8 @@ class RayStream:
     """CPUs for decoding, of all ranks together."""
     place: nodes.Placement = field(default_factory=nodes.Placement)
     """Where images are decoded."""
+    max_failures: int = nodes.Scaling.model_fields["max_failures"].default
+    """As in `scaling`."""
 
     def training(self, epoch: int, step: int, epochs: int) -> Iterator[PlannedBatch]:
         """Yield this rank's slices from (epoch, step) on, decoded ahead across the ends of epochs."""
@@ -78,7 +82,8 @@ class RayStream:
             return
         dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // BATCHES_PER_TASK))
         # A rank whose share is less than a CPU has one task at a time, which holds that share.
-        dataset = dataset.map_batches(load, batch_size=None, num_cpus=min(1.0, share), **placed(self.place))
+        options = {"num_cpus": min(1.0, share), **placed(self.place)}
+        dataset = map_batches(dataset, load, self.max_failures, batch_size=None, **options)
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
             for index in range(len(block["count"])):
                 yield unpack(block, index)  # type: ignore[arg-type]
@@ -99,6 +104,7 @@ class Unhurried(ExecutionCallback):
 def configure(cpus: float) -> None:
     """Set what every dataset of this process needs: order, whole blocks, no spinning, and at most `cpus` CPUs."""
     quiet()
+    bound_data_actors()
     context = DataContext.get_current()
     context.custom_execution_callback_classes = [Unhurried]
     context.execution_options.preserve_order = True

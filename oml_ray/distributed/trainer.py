@@ -13,6 +13,7 @@ import ray
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from oml_ray import build
@@ -21,12 +22,12 @@ from oml_ray.config import TrainConfig, nodes
 from oml_ray.data.filesystem import join
 from oml_ray.data.table import Table
 from oml_ray.distributed import entry, evaluate, gallery, mining, runs, sources, validation
-from oml_ray.distributed.controller import StopOnUserError
+from oml_ray.distributed.controller import StopOnFailedStarts, StopOnFinalError
 from oml_ray.distributed.elastic import set_aside
 from oml_ray.distributed.progress import Monitor, say, watching
 from oml_ray.distributed.runtime import gallery_resources
 from oml_ray.distributed.runtime.devices import backend_of
-from oml_ray.distributed.runtime.failures import unwrapped
+from oml_ray.distributed.runtime.failures import actor_options, translated, unwrapped
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, Needs, ProcessGroup
 from oml_ray.distributed.session import check_given, quiet, session
 from oml_ray.distributed.training.summary import summary
@@ -259,7 +260,7 @@ def fit(
         check_plan(config, table, mined)
     for line in summary(config, table, build.plan(config, table, mined), run.uri):
         say(line)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    monitor = Monitor.options(**actor_options(scaling.max_failures)).remote()  # type: ignore[attr-defined]
     payload = {
         "config": config.model_dump(mode="json"),
         "loaders": ray.put(build.loaders(config, table, mined)),
@@ -287,26 +288,40 @@ def fit(
             if run.local.as_posix() == run.uri
             else join(run.uri, RAY_RECORDS),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[StopOnUserError(), *callbacks],
+            callbacks=[StopOnFinalError(), StopOnFailedStarts(scaling.max_failures), *callbacks],  # type: ignore[list-item]
             worker_runtime_env=KEEP_MEMORY,
         ),
         validation_config=validation.task_config(payload) if is_async else None,
     )  # fmt: skip
     late: list[dict[str, Any]] = []
-    with watching(monitor, config.checkpoint.metric) as terminated:
-        try:
-            with _room_for_others(config, name):
-                trainer.fit()
-        except SystemExit:  # Ray Train's own answer to Ctrl-C
-            raise KeyboardInterrupt from None
-        if terminated.is_set():
-            raise KeyboardInterrupt
-        if is_async:
-            late = validation.settle(config, table, payload["most_gpus"])
-            ray.get([monitor.report.remote(row) for row in late])
-    ray.kill(monitor)
+    try:
+        with watching(monitor, config.checkpoint.metric) as terminated:
+            try:
+                with _room_for_others(config, name), _named_failure(is_async):
+                    trainer.fit()
+            except SystemExit:  # Ray Train's own answer to Ctrl-C
+                raise KeyboardInterrupt from None
+            if terminated.is_set():
+                raise KeyboardInterrupt
+            if is_async:
+                late = validation.settle(config, table, payload["most_gpus"])
+                for row in late:
+                    ray.wait([monitor.report.remote(row)], timeout=10)
+    finally:
+        ray.kill(monitor)
     run.remove(RAY_RECORDS)
     return late
+
+
+@contextmanager
+def _named_failure(is_async: bool) -> Iterator[None]:
+    """Name the process whose death ended Ray Train: a worker's, or that of the task that validates beside them."""
+    try:
+        yield
+    except TrainingFailedError as error:
+        is_validation = is_async and isinstance(error, ControllerError)
+        cause = translated(error, "validation (validation.mode: async)" if is_validation else "training worker")
+        raise error if cause is None else cause from error
 
 
 def _room_for_others(config: TrainConfig, name: str) -> AbstractContextManager[None]:

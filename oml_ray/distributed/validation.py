@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.exceptions import GetTimeoutError
 from ray.train import Checkpoint
 from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
@@ -19,11 +24,13 @@ from oml_ray.data.table import Table
 from oml_ray.distributed import embed, sources
 from oml_ray.distributed.decoding import fetched
 from oml_ray.distributed.runtime import gallery_resources
+from oml_ray.distributed.runtime.driver_log import FOLDER as LOGS
+from oml_ray.distributed.runtime.failures import retries, translated, unwrapped
 from oml_ray.distributed.runtime.resources import Needs, count_gpus
 from oml_ray.distributed.search import search
 from oml_ray.distributed.session import quiet
 from oml_ray.distributed.worker import POINTER
-from oml_ray.errors import EmbeddingError, OmlRayError
+from oml_ray.errors import EmbeddingError, RunError, reason_of
 from oml_ray.retrieval.metrics import means
 from oml_ray.retrieval.metrics.spread import SPREAD, moments, spread
 from oml_ray.training import checkpoint as checkpoints
@@ -102,20 +109,24 @@ def gpu_limit(config: TrainConfig, *, is_trial: bool) -> int | None:
 
 
 def task_config(payload: dict[str, Any]) -> ValidationConfig:
-    """What has Ray Train validate the checkpoints that its workers hand over."""
+    """Options by which Ray Train validates the checkpoints that its workers hand over."""
+    timeout_s, max_failures = payload["config"]["validation"]["timeout_s"], payload["config"]["scaling"]["max_failures"]
     return ValidationConfig(
-        _task, task_config=ValidationTaskConfig(fn_kwargs=payload), ray_remote_kwargs={"num_cpus": 0}
+        _task,
+        task_config=ValidationTaskConfig(fn_kwargs=payload, timeout_s=timeout_s),
+        ray_remote_kwargs={"num_cpus": 0, "max_retries": retries(max_failures)},
     )
 
 
 def _task(checkpoint: Checkpoint, **payload: Any) -> dict[str, float]:
-    """What the task runs; what it returns joins the checkpoint's metrics at Ray Train."""
+    """Validate a checkpoint; what the task returns joins the checkpoint's metrics at Ray Train."""
     quiet()
     with checkpoint.as_directory() as folder:
         step = json.loads((Path(folder) / POINTER).read_text())
     config = validate(TrainConfig, payload["config"], "config")
-    table: Table = fetched(payload["loaders"])[1].reader.table
-    return validated(config, table, step, payload["most_gpus"])
+    with _failures_answered(RunDirectory(config.run.storage, config.run.name), step):
+        table: Table = fetched(payload["loaders"])[1].reader.table
+        return validated(config, table, step, payload["most_gpus"])
 
 
 def validated(config: TrainConfig, table: Table, step: int, most_gpus: int | None) -> dict[str, float]:
@@ -131,20 +142,37 @@ def validated(config: TrainConfig, table: Table, step: int, most_gpus: int | Non
         `family.k` -> mean over the queries with a ground truth.
 
     Raises:
-        OmlRayError: the user's error, which the training finds too.
+        OmlRayError: why it failed.
     """
     run = RunDirectory(config.run.storage, config.run.name)
-    found = elsewhere.answered(run, step)
-    if found is not None:
-        return found
-    start = time.perf_counter()
+    scores = elsewhere.answered(run, step)
+    if scores is None:
+        start = time.perf_counter()
+        scores = _scores(config, table, run, step, most_gpus)
+        elsewhere.answer(run, step, scores, time.perf_counter() - start)
+    return scores
+
+
+@contextmanager
+def _failures_answered(run: RunDirectory, step: int) -> Iterator[None]:
+    """Leave whatever the body of a `with` raises as the answer to a validation: the training waits for one.
+
+    The traceback of an unexpected error goes into the run's logs.
+
+    Raises:
+        OmlRayError: why it failed.
+    """
     try:
-        found = _scores(config, table, run, step, most_gpus)
-    except OmlRayError as error:
-        elsewhere.answer(run, step, error, time.perf_counter() - start)
-        raise
-    elsewhere.answer(run, step, found, time.perf_counter() - start)
-    return found
+        yield
+    except Exception as error:
+        cause = translated(error)
+        if cause is None:
+            name = f"validation_{checkpoints.name_of(step)}.log"
+            run.write_text("".join(traceback.format_exception(error)), LOGS, name)
+            log = join(join(run.uri, LOGS), name)
+            cause = RunError(f"{type(error).__name__}: {reason_of(error)} (traceback: {log})")
+        elsewhere.answer(run, step, cause, 0.0)
+        raise cause from error
 
 
 def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int, most_gpus: int | None) -> dict[str, float]:
@@ -160,6 +188,28 @@ def _scores(config: TrainConfig, table: Table, run: RunDirectory, step: int, mos
     return {**means(result.values), SPREAD: spread([moments(blocks, embedded.embeddings.dimension)])}
 
 
+def _validated_in_time(config: TrainConfig, table: Table, step: int, most_gpus: int | None) -> None:
+    """Validate the checkpoint of a step in a process that can be given up.
+
+    Raises:
+        OmlRayError: why it failed.
+    """
+    options: dict[str, Any] = {"max_retries": retries(config.scaling.max_failures), "scheduling_strategy": "DEFAULT"}
+    task = _validate.options(**options).remote(config.model_dump(mode="json"), table, step, most_gpus)
+    with unwrapped(f"the validation of the checkpoint of step {step}"):
+        try:
+            ray.get(task, timeout=config.validation.timeout_s)
+        except GetTimeoutError:
+            ray.cancel(task, force=True)
+            raise elsewhere.no_answer(step, config.validation.timeout_s) from None
+
+
+@ray.remote(num_cpus=0)
+def _validate(config: dict[str, Any], table: Table, step: int, most_gpus: int | None) -> None:
+    quiet()
+    validated(validate(TrainConfig, config, "config"), table, step, most_gpus)
+
+
 def settle(config: TrainConfig, table: Table, most_gpus: int | None) -> list[dict[str, Any]]:
     """Take up the last validations of a training that has ended, validating here what came to nothing; the new rows.
 
@@ -172,7 +222,7 @@ def settle(config: TrainConfig, table: Table, most_gpus: int | None) -> list[dic
     validations = elsewhere.Validations(run, records.history, build.judging(config, steps_per_epoch))
     rows = validations.take_up()
     for step in validations.waiting():
-        validated(config, table, step, most_gpus)
+        _validated_in_time(config, table, step, most_gpus)
         rows += validations.take_up()
     for row in rows:
         records.scores(row)

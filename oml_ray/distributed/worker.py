@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayError
 from ray.train import Checkpoint
 
 from oml_ray import build
@@ -46,7 +47,10 @@ def build_loop(payload: dict[str, Any]) -> Loop:
     mined: Mined | None = ray.get(payload["mined"])
     plan = build.plan(config, table, mined)
     rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), config.scaling
-    stream = RayStream(plan, payload["loaders"], rank, world_size, scaling.data_cpus, scaling.placement.decoding)
+    stream = RayStream(
+        plan, payload["loaders"], rank, world_size, scaling.data_cpus, scaling.placement.decoding,
+        scaling.max_failures,
+    )  # fmt: skip
     ray_context = RayContext(stream, payload["monitor"], scaling.uses_gpu("workers"))
     loop = build.loop(config, table, plan, ray_context, run, mined)
     step = loop.position.global_step
@@ -101,5 +105,8 @@ class RayContext:
             )
 
     def is_stopping(self) -> bool:
-        """Ask the driver's monitor."""
-        return bool(ray.get(self.monitor.is_stopping.remote()))
+        """Ask the driver's monitor; one that is gone must not end a training."""
+        try:
+            return bool(ray.get(self.monitor.is_stopping.remote()))
+        except RayError:
+            return False

@@ -8,6 +8,7 @@ lost when either side dies, and what was validated twice counts once.
 from __future__ import annotations
 
 import json
+from time import monotonic
 from typing import Any
 
 from oml_ray.errors import OmlRayError, RunError
@@ -30,11 +31,14 @@ class Validations:
             judging: which checkpoints are validated, and which is the best.
         """
         self._run, self._history, self._judging = run, history, judging
+        self._progress_s: float | None = None
+        self._oldest: int | None = None
 
     def rewind(self, step: int) -> None:
-        """Forget the answers to checkpoints after a step: their steps are taken again."""
+        """Forget answers to checkpoints after a step, which are made again, and failures of earlier processes."""
         for name in self._run.names(FOLDER):
-            if checkpoints.step_of(name.removesuffix(".json")) > step:
+            of_step = checkpoints.step_of(name.removesuffix(".json"))
+            if of_step > step or (name.endswith(".json") and "error" in self._answer(of_step)):
                 self._run.remove(FOLDER, name)
 
     def waiting(self) -> list[int]:
@@ -47,11 +51,11 @@ class Validations:
         """Add what came back to the history, in the order of the steps, and move `best`; return the new rows.
 
         Raises:
-            RunError: a validation found an error of the user's.
+            RunError: a validation failed.
         """
         rows = []
         for step in self.waiting():
-            answer = json.loads(self._run.read_text(FOLDER, f"{checkpoints.name_of(step)}.json") or "{}")
+            answer = self._answer(step)
             if not answer:
                 break
             if "error" in answer:
@@ -67,6 +71,25 @@ class Validations:
             rows.append(row)
         return rows
 
+    def check_progress(self, timeout_s: float) -> None:
+        """Refuse to wait any longer for validations of which none comes back.
+
+        Args:
+            timeout_s: seconds since the last came back, or since the first was handed over.
+
+        Raises:
+            RunError: they have passed.
+        """
+        waiting, now = self.waiting(), monotonic()
+        if self._progress_s is None or not waiting or waiting[0] != self._oldest:
+            self._progress_s, self._oldest = now, next(iter(waiting), None)
+        elif now - self._progress_s > timeout_s:
+            raise no_answer(waiting[0], timeout_s)
+
+    def _answer(self, step: int) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._run.read_text(FOLDER, f"{checkpoints.name_of(step)}.json") or "{}")
+        return answer
+
     def remove(self, step: int) -> None:
         """Remove what a validation left, after it was taken up."""
         for name in (f"{checkpoints.name_of(step)}.json", checkpoints.name_of(step)):
@@ -76,6 +99,15 @@ class Validations:
         metric = self._judging.metric
         rows = (each for each in self._history.rows if each["kind"] == "validation" and each["epoch"] >= 0)
         return self._judging.is_best(row[metric], (each[metric] for each in rows))
+
+
+def no_answer(step: int, timeout_s: float) -> RunError:
+    """The error of a validation that does not come back."""
+    return RunError(
+        f"The validation of the checkpoint of step {step} has not come back within validation.timeout_s ({timeout_s:g} "
+        "seconds): it waits for CPUs or GPUs, hangs, or takes longer. Give it more of them, raise the timeout, or use "
+        "validation.mode: inline."
+    )
 
 
 def answer(run: RunDirectory, step: int, scores: dict[str, float] | OmlRayError, seconds: float) -> None:

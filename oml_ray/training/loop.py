@@ -329,6 +329,7 @@ class Loop:
         rows = self.validations.take_up()
         for row in rows:
             self.records.scores(row)
+        self.validations.check_progress(self.settings.validation_timeout_s)
         return rows, self.validations.waiting()
 
     def _check_finite(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,3 +24,5 @@ class Settings:
     keep: int = 2
     validate_elsewhere: bool = False
     """Whether checkpoints are handed over to be validated, instead of validated between epochs."""
+    validation_timeout_s: float = math.inf
+    """Seconds without the result of a validation that was handed over, after which the training ends."""

@@ -1,8 +1,11 @@
-"""Validation off the training path, through Ray: the rows and the best of inline; the user's error ends it."""
+"""Validation off the training path, through Ray: the rows and the best of inline; whatever fails in it ends it."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import yaml
 from helpers import train_config, write_images
 
 from oml_ray.cli import main
+from oml_ray.distributed import validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
@@ -54,4 +58,52 @@ def test_an_unreadable_image_ends_the_training(tmp_path: Path, capfd: pytest.Cap
     error = capfd.readouterr().err
     assert error.startswith("oml-ray: The validation of the checkpoint of step 0 failed: ")
     assert "6_1.png" in error
+    assert error.count("\n") == 1
+
+
+def raising(checkpoint: Any, **payload: Any) -> Any:
+    """In place of the task: its search runs out of memory."""
+    from oml_ray.distributed import validation
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 3.00 GiB for an array")
+
+    validation._scores = out_of_memory  # type: ignore[assignment]
+    return validation._task(checkpoint, **payload)
+
+
+def dying(checkpoint: Any, **payload: Any) -> Any:
+    """In place of the task: its process dies each time."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hanging(checkpoint: Any, **payload: Any) -> Any:
+    """In place of the task: it never ends."""
+    threading.Event().wait()
+
+
+FAILURES: dict[str, tuple[Any, str]] = {
+    "raises": (
+        raising,
+        "of step 0 failed: out of memory: Unable to allocate 3.00 GiB for an array. To need",
+    ),
+    "dies": (dying, "validation (validation.mode: async): a process died each time"),
+    "hangs": (hanging, "The validation of the checkpoint of step 0 has not come back within validation.timeout_s (5"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_validation_that_fails_ends_the_training_with_one_message(
+    kind: str, small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, expected = FAILURES[kind]
+    monkeypatch.setattr(validation, "_task", task)
+    monkeypatch.setattr(task, "__module__", "__main__")  # which workers cannot import: the function is sent to them
+    mode = {"mode": "async", "timeout_s": 5 if kind == "hangs" else 600}
+    path = write(small_table, tmp_path, validation=mode, training={"epochs": 1000})
+    capfd.readouterr()
+    assert main(["train", path]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("oml-ray: ")
+    assert expected in error
     assert error.count("\n") == 1

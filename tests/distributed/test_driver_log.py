@@ -14,7 +14,7 @@ import yaml
 from helpers import train_config
 
 from oml_ray import cli
-from oml_ray.errors import RunError
+from oml_ray.errors import ProcessDiedError, RunError
 
 PROGRAM = """
 import os, sys
@@ -95,6 +95,29 @@ def test_before_a_run_is_open_the_message_names_the_log(
     assert capfd.readouterr().err == f"oml-ray: no room (messages of libraries: {log})\n"
     assert log.read_text() == "a native message\n"
     assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_how_a_process_died_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error with what Ray said, and the newest stderr of Ray's workers."""
+    logs = tmp_path / "ray" / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    for number in range(7):
+        (logs / f"worker-{number}.err").write_text("x" * 9000 + f"Fatal Python error {number}\n")
+        os.utime(logs / f"worker-{number}.err", (number, number))
+    (logs / "worker-8.err").touch()
+
+    def fail(parsed: object) -> None:
+        raise ProcessDiedError("a process died each time") from ValueError("what Ray said")
+
+    monkeypatch.setattr(cli, "_zoo", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert cli.main(["zoo"]) == 2
+    (log,) = tmp_path.glob("*.log")
+    text = log.read_text()
+    assert "ValueError: what Ray said" in text
+    assert re.findall(r"Fatal Python error (\d)", text) == ["2", "3", "4", "5", "6"]
+    assert len(text) < 50_000
 
 
 def test_a_command_without_messages_leaves_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

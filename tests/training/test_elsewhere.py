@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,58 @@ def test_an_error_of_the_users_ends_the_training(small_table: Path, tmp_path: Pa
     with pytest.raises(RunError, match=r"checkpoint of step 0 failed: images/3.png cannot be read"):
         trained.train()
     assert trained.validations.waiting() == [0, 4], "it is asked for again when the run goes on"
+
+
+def test_a_failure_of_an_earlier_process_is_tried_again(small_table: Path, tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path), "run")
+    first = loop(small_table, tmp_path, "async", lag=9, training={"epochs": 1})
+    first.train()
+    elsewhere.answer(run, 0, {"cmc.1": 0.9}, 0.5)
+    elsewhere.answer(run, 4, ImageError("images/3.png cannot be read"), 0.5)
+    second = loop(small_table, tmp_path, "async", scores=lambda step: {"cmc.1": 0.1 * step}, training={"epochs": 2})
+    assert run.names("validations") == ["step_00000000.json"], "what came back is kept"
+    second.train()
+    second.validations.take_up()
+    assert [step for _, step, _ in rows_of(second)] == [0, 4, 8]
+
+
+def test_a_validation_that_does_not_come_back_ends_the_training(
+    small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at a made-up clock takes a minute."""
+    clock = itertools.count(0, 60)
+    monkeypatch.setattr("oml_ray.training.elsewhere.monotonic", lambda: next(clock))
+    monkeypatch.setattr("oml_ray.training.loop.POLL_S", 0)
+    nodes: dict[str, Any] = {"validation": {"mode": "async", "timeout_s": 600}, "training": {"epochs": 9}}
+    config = validate(TrainConfig, train_config(small_table, tmp_path, **nodes), "test")
+    table = build.table(config.data, config.run.storage)
+    stream, run = build.local_stream(config, table), RunDirectory(config.run.storage, config.run.name)
+    trained = build.loop(config, table, stream.plan, Elsewhere(stream, run=run, lag=99), run)
+    message = r"checkpoint of step 0 has not come back within validation.timeout_s \(600 seconds\).*mode: inline"
+    with pytest.raises(RunError, match=message):
+        trained.train()
+    assert next(clock) == 720, "the first look at 0, the last at 660"
+
+
+def test_each_validation_that_comes_back_starts_the_time_anew(
+    small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("oml_ray.training.elsewhere.monotonic", lambda: clock[0])
+    run = RunDirectory(str(tmp_path), "run")
+    trained = loop(small_table, tmp_path, "async", lag=9, training={"epochs": 1})
+    trained.train()
+    validations = trained.validations
+    for step in (0, 4):
+        assert validations.waiting()[0] == step
+        validations.check_progress(10)
+        clock[0] += 9
+        validations.check_progress(10)
+        elsewhere.answer(run, step, {"cmc.1": 0.5}, 0.5)
+        validations.take_up()
+    clock[0] += 99
+    validations.check_progress(10)
+    assert validations.waiting() == []
 
 
 def test_validating_elsewhere_never_is_refused(small_table: Path, tmp_path: Path) -> None:

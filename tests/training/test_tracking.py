@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from oml_ray.errors import ConfigError, OmlRayError, StorageError
 from oml_ray.training.context import LocalContext
 from oml_ray.training.loop import Loop
 from oml_ray.training.run_directory import RunDirectory
-from oml_ray.training.tracking import mlflow_tracker
+from oml_ray.training.tracking import mlflow_tracker, wandb_tracker
 from oml_ray.training.tracking.mlflow_tracker import MlflowTracker
 
 
@@ -264,6 +265,74 @@ def test_wandb_keeps_records_in_the_run_when_it_is_offline(
     assert [row["train/step"] for row in records["history"] if "train/loss" in row] == [2, 4, 6, 8]
     assert 0.5 in [row.get("evaluation/cmc.1") for row in records["summary"]]
     assert {record["type"] for record in records["artifact"]} == {"results", "checkpoint"}
+
+
+class SlowWandb:
+    """In place of the package: a server that does not answer until it is told to."""
+
+    offline = False
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.summary: dict[str, Any] = {}
+        self.points: list[dict[str, float]] = []
+        self.ended = False
+
+    def Settings(self, **_: Any) -> None:  # noqa: N802
+        """As wandb.Settings."""
+
+    def init(self, **_: Any) -> SlowWandb:
+        self.answers.wait()
+        return self
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        """As of a run."""
+
+    def log(self, values: dict[str, float]) -> None:
+        self.points.append(values)
+
+    def finish(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def slow_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowWandb]:
+    fake = SlowWandb()
+    monkeypatch.setattr(wandb_tracker, "_package", lambda: fake)
+    monkeypatch.setattr(wandb_tracker, "SETTLE_S", 0.01)
+    monkeypatch.setattr(wandb_tracker, "FINISH_S", 0.01)
+    yield fake
+    fake.answers.set()
+
+
+def test_a_step_does_not_wait_for_wandb(
+    slow_wandb: SlowWandb, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the server does not answer, points are taken up to a bound, the rest is left out with one warning."""
+    tracker = wandb_tracker.WandbTracker(RunDirectory(str(tmp_path), "run"), {}, "title", "project", None)
+    limit = wandb_tracker.MAX_PENDING
+    for step in range(limit + 50):
+        tracker.points({"train/loss": 0.5}, step)
+    tracker.settle()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tracking: W&B is too slow: points are left out from step {limit} on"
+    ]
+    slow_wandb.answers.set()
+    assert tracker._sent(60)
+    tracker.points({"train/loss": 0.5}, limit + 50)
+    assert tracker._sent(60)
+    assert [point["train/step"] for point in slow_wandb.points] == [*range(limit), limit + 50]
+    tracker.close()
+    assert slow_wandb.ended
+
+
+def test_results_that_wandb_does_not_take_in_time_are_an_error(slow_wandb: SlowWandb, tmp_path: Path) -> None:
+    tracker = wandb_tracker.WandbTracker(RunDirectory(str(tmp_path), "run"), {}, "title", "project", None)
+    tracker.points({"train/loss": 0.5}, 0)
+    with pytest.raises(StorageError, match=r"tracking: W&B .* it took no points for"):
+        tracker.finish({}, {}, tmp_path)
+    tracker.close()
+    assert not slow_wandb.ended
 
 
 def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -199,3 +199,5 @@ class Validation(Node):
     `evaluation` says) while training goes on, on CPUs and GPUs beside the workers'."""
     at_start: bool = True
     """Validate before the first step: what the extractor scores untrained."""
+    timeout_s: Rate = 7200.0
+    """async: seconds without the result of a validation after which the training ends with a message."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `oml-ray --help` should not wait for pyarrow
 FOLDER, NAME = "logs", "driver.log"
 MAX_BYTES = 10 * 2**20
 STDERR = 2
+NUM_WORKER_LOGS, WORKER_LOG_BYTES = 5, 8192
 
 
 class DriverLog:
@@ -73,6 +74,15 @@ class DriverLog:
         with suppress(OSError), self.path.open("a", encoding="utf-8", errors="replace") as file:
             file.write("".join(traceback.format_exception(error)))
 
+    def write_worker_logs(self) -> None:
+        """Add the ends of the newest stderr files of Ray's workers on this machine: how a process died stands there."""
+        with suppress(OSError):
+            files = [file for file in ray_logs().glob("worker-*.err") if file.stat().st_size]
+            for file in sorted(files, key=lambda file: file.stat().st_mtime)[-NUM_WORKER_LOGS:]:
+                end = file.read_bytes()[-WORKER_LOG_BYTES:].decode(errors="replace")
+                with self.path.open("a", encoding="utf-8") as log:
+                    log.write(f"# end of {file}\n{end}\n")
+
     def has_text(self) -> bool:
         """Whether something was written."""
         return self.path.exists() and self.path.stat().st_size > self._text_starts
@@ -94,6 +104,12 @@ class DriverLog:
             opened = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             os.dup2(opened, self._descriptor)
             os.close(opened)
+
+
+def ray_logs() -> Path:
+    """Folder of the logs of the latest Ray on this machine."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(temporary, "ray", "session_latest", "logs")
 
 
 _current: DriverLog | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import os
 import random
@@ -15,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ import ray
 from ray.job_config import JobConfig
 from ray.util import get_node_ip_address
 
+from oml_ray.distributed.runtime.driver_log import ray_logs
 from oml_ray.errors import ResourceError
 
 TRIES = 5
 BACKOFF_S = 0.5
+LONGEST_TURN_S, TURN_POLL_S = 600.0, 0.1
 # Ray gives these to other parts of itself, and refuses to start when one is named twice.
 DEFAULT_PORTS = frozenset({6379, 8265, 10001, 52365})
-PORT_FAILURE = re.compile(r"address already in use|already occupied|specified port|port number \d+", re.IGNORECASE)
+TRANSIENT = re.compile(
+    r"address already in use|already occupied|specified port|port number \d+|timed out during startup", re.IGNORECASE
+)
 # Linux ends the path of a socket here.
 MAX_SOCKET_PATH = 107
 LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store_1"
@@ -40,7 +45,7 @@ OOM_RETRIES = 2
 
 
 def start(num_cpus: int, *, num_gpus: int | None = None, dashboard: bool) -> None:
-    """Start a Ray on this machine and connect to it; once more with other ports where one was taken meanwhile.
+    """Start a Ray on this machine and connect to it; once more where a port was taken, or the machine too busy.
 
     Args:
         num_cpus: logical CPUs.
@@ -48,13 +53,13 @@ def start(num_cpus: int, *, num_gpus: int | None = None, dashboard: bool) -> Non
         dashboard: whether Ray's dashboard is started.
 
     Raises:
-        ResourceError, RuntimeError, OSError, ValueError, RayError: Ray does not start.
+        Exception: of many kinds: Ray does not start.
     """
     provide_token()
     options: dict[str, Any] = {} if (folder := short_temp_dir()) is None else {"_temp_dir": folder}
     for attempt in range(TRIES):
         try:
-            with reserved_port() as port, _environment(_of_workers(port)):
+            with _turn(), reserved_port() as port, _environment(_of_workers(port)):
                 connect(
                     address="local",
                     num_cpus=num_cpus,
@@ -66,8 +71,8 @@ def start(num_cpus: int, *, num_gpus: int | None = None, dashboard: bool) -> Non
                     **options,
                 )
             return
-        except (RuntimeError, ValueError, OSError) as error:
-            if attempt + 1 == TRIES or not PORT_FAILURE.search(str(error)):
+        except Exception as error:  # of several kinds, and of none
+            if attempt + 1 == TRIES or not TRANSIENT.search(str(error)):
                 raise
             ray.shutdown()
             time.sleep(BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
@@ -124,6 +129,28 @@ def reserved_port() -> Iterator[int]:
             return
 
 
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Take turns with other processes of this user: Ray gives up when its parts do not start within seconds, as they
+    do not where twenty start at once on few cores."""
+    path = Path(tempfile.gettempdir(), f"oml_ray-{os.getuid()}-start.lock")
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:  # somebody else's: all start at once
+        yield
+        return
+    try:
+        deadline = time.monotonic() + LONGEST_TURN_S
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(TURN_POLL_S)
+        yield
+    finally:
+        os.close(lock)  # which ends the lock, as the end of the process does
+
+
 def _of_workers(port: int) -> dict[str, str]:
     """Environment from which workers know the address of their Ray, and that it is one machine.
 
@@ -158,7 +185,7 @@ def short_temp_dir() -> str | None:
     Raises:
         ResourceError: there is no place for a short name.
     """
-    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+    folder = ray_logs().parents[1]
     if len(os.fsencode(folder / LONGEST_SOCKET)) <= MAX_SOCKET_PATH:
         return None
     link = private_folder() / "ray"

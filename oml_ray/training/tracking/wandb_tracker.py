@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,19 @@ from oml_ray.errors import ConfigError, reason_of
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.tracking.tracker import Ending, asking, identity
 
+logger = logging.getLogger(__name__)
+
 FOLDER, STEP = "wandb", "step"
 KINDS = ("train", "validation", "evaluation")
-INIT_S, FINISH_S = 30, 60
+INIT_S, FINISH_S, SETTLE_S = 30, 60, 5.0
+MAX_PENDING = 1000
 PLACE = ("W&B", " (WANDB_API_KEY says who you are, WANDB_MODE=offline keeps records in the run)")
 
 
 class WandbTracker:
-    """Hands points to W&B's own process, which sends them.
+    """Hands points to W&B's own process, which sends them, from a thread: the training waits for neither.
 
+    Points that come while `MAX_PENDING` calls wait, as when W&B does not answer for long, are left out with a warning.
     It ends with the process that started it: what it has not sent by then is missing there. When W&B does not answer at
     the start, or is not to be asked (WANDB_MODE=offline), the record stays in the run, and `wandb sync` sends it; W&B
     then cannot tell what it has, so points that a killed process recorded after its last checkpoint are there twice.
@@ -53,6 +60,9 @@ class WandbTracker:
         }  # fmt: skip
         self._there: Any = None
         self._last: dict[str, int] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="wandb")
+        self._pending: deque[Future[None]] = deque()
+        self._is_late = self._has_dropped = False
 
     @staticmethod
     def check() -> None:
@@ -68,22 +78,36 @@ class WandbTracker:
 
     def points(self, values: Mapping[str, float], step: int, *, again: bool = False) -> None:
         """See `Tracker`."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft()
+        if len(self._pending) < MAX_PENDING:
+            self._pending.append(self._pool.submit(self._log, dict(values), step, again))
+        elif not self._has_dropped:
+            self._has_dropped = True
+            logger.warning("tracking: W&B is too slow: points are left out from step %d on", step)
+
+    def _log(self, values: Mapping[str, float], step: int, again: bool) -> None:
         opened, kind = self._opened(), next(iter(values)).partition("/")[0]
         if step > self._last[kind] and not (again and opened.offline):
             self._last[kind] = step
-            with suppress(Exception):  # as when its own process died
-                opened.log({**values, f"{kind}/{STEP}": step})
+            opened.log({**values, f"{kind}/{STEP}": step})  # what it raises, as when its process died, ends here
+
+    def _sent(self, seconds: float) -> bool:
+        """Whether all points are with W&B's process, waiting for those under way."""
+        return not self._pending or not wait([self._pending[-1]], seconds).not_done
 
     def settle(self) -> None:
         """See `Tracker`."""
+        self._is_late = not self._sent(0.0 if self._is_late else SETTLE_S)
         for record in self._directory.path(FOLDER).glob("offline-run-*"):
             self._directory.publish(FOLDER, record.name)
 
     def close(self) -> None:
         """See `Tracker`."""
-        if self._there is not None:
+        if self._sent(SETTLE_S if self._is_late else FINISH_S) and self._there is not None:
             with suppress(Exception):
                 self._there.finish()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self.settle()
 
     def end(self, how: Ending) -> None:
@@ -91,8 +115,11 @@ class WandbTracker:
 
     def finish(self, metrics: Mapping[str, float], texts: Mapping[str, str], checkpoint: Path) -> None:
         """See `Tracker`."""
-        wandb, opened = _package(), self._opened()
+        wandb = _package()
         with asking(*PLACE), tempfile.TemporaryDirectory() as folder:
+            if not self._sent(FINISH_S):
+                raise TimeoutError(f"it took no points for {FINISH_S} seconds")
+            opened = self._opened()
             opened.summary.update(dict(metrics))
             for name, text in texts.items():
                 (Path(folder) / name).write_text(text, encoding="utf-8")
