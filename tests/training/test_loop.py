@@ -19,6 +19,7 @@ from oml_ray import build
 from oml_ray.config import TrainConfig, validate
 from oml_ray.errors import ConfigError, ResourceError, RunError
 from oml_ray.learning.extractors import Extractor
+from oml_ray.retrieval.metrics.spread import collapse_warning
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.context import LocalContext
 from oml_ray.training.loop import Loop
@@ -283,3 +284,16 @@ def test_more_epochs_end_where_one_longer_run_does(small_table: Path, tmp_path: 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     kinds = [[(row["kind"], row["epoch"]) for row in each.records.history.rows] for each in (continued, at_once)]
     assert kinds[0] == kinds[1] == [("train", 0), ("train", 1)]
+
+
+@pytest.mark.parametrize(("lr", "is_collapsed"), [(1e-3, False), (0.1, True)])
+def test_the_spread_of_a_validation_tells_a_collapse(
+    small_table: Path, tmp_path: Path, lr: float, is_collapsed: bool
+) -> None:
+    """At a far too high learning rate all embeddings become alike (and the loss of triplets stays at its margin)."""
+    trained = loop(small_table, tmp_path, optimizer={"lr": lr}, training={"epochs": 3})
+    trained.train()
+    rows = trained.records.history.rows
+    spreads = [row["spread"] for row in rows if row["kind"] == "validation"]
+    assert collapse_warning(spreads[0]) is None
+    assert (collapse_warning(spreads[-1]) is not None) == is_collapsed
