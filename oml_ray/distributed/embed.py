@@ -189,7 +189,7 @@ def fill_store(run: RunDirectory, images: Images, node: nodes.Embed, scaling: no
         runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
-    with counting("embedding", len(rows), "images") as done:
+    with counting("embedding", len(rows), "images") as done, unwrapped("embedding of images"):
         done(len(rows) - len(missing) * node.rows_per_part if len(missing) < manifest.num_parts else 0)
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             for note in block["note"]:

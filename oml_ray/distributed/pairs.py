@@ -26,6 +26,7 @@ from oml_ray.distributed.embed import actor_pool, make_fast
 from oml_ray.distributed.progress import counting
 from oml_ray.distributed.runtime.bounded_map import map_batches
 from oml_ray.distributed.runtime.devices import batch_size_of, device_of
+from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import KEEP_MEMORY, placed
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import EmbeddingError, OmlRayError
@@ -108,7 +109,7 @@ def judged(judge: Judge, pairs: Pairs, node: nodes.Embed, scaling: nodes.Scaling
         runtime_env=KEEP_MEMORY,
         **placed(scaling.placement.embedding),
     )
-    with counting("judging", len(found), "pairs") as done:
+    with counting("judging", len(found), "pairs") as done, unwrapped("scoring of pairs"):
         for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             for number, note, distances in zip(
                 block["number"].tolist(), block["note"], block["distances"], strict=True

@@ -28,6 +28,7 @@ from oml_ray.data.stream import ItemLoader, PlannedBatch
 from oml_ray.distributed.decoding import load_evaluation, load_training, unpack
 from oml_ray.distributed.runtime._ray_compat import bound_data_actors
 from oml_ray.distributed.runtime.bounded_map import map_batches
+from oml_ray.distributed.runtime.failures import unwrapped
 from oml_ray.distributed.runtime.resources import placed
 from oml_ray.distributed.session import quiet
 
@@ -84,9 +85,10 @@ class RayStream:
         # A rank whose share is less than a CPU has one task at a time, which holds that share.
         options = {"num_cpus": min(1.0, share), **placed(self.place)}
         dataset = map_batches(dataset, load, self.max_failures, batch_size=None, **options)
-        for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            for index in range(len(block["count"])):
-                yield unpack(block, index)  # type: ignore[arg-type]
+        with unwrapped("decoding of images"):
+            for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+                for index in range(len(block["count"])):
+                    yield unpack(block, index)  # type: ignore[arg-type]
 
 
 class Unhurried(ExecutionCallback):
