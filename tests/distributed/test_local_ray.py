@@ -224,9 +224,9 @@ def test_a_long_tmpdir_no_home_and_a_package_of_the_same_name_at_once(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_twenty_starts_at_the_same_time() -> None:
-    """Each is a Ray of its own, with its own address, and runs a task; none meets another's port."""
+    """Each is a Ray of its own: its driver has the first job there. None meets another's port, or gives up."""
     program = textwrap.dedent("""
         import sys
         import ray
@@ -236,8 +236,7 @@ def test_twenty_starts_at_the_same_time() -> None:
         print("ready", flush=True)
         sys.stdin.readline()
         with session(Needs(1, 0, "tests")):
-            print(ray.get_runtime_context().gcs_address, flush=True)
-            sys.stdin.readline()
+            print(ray.get_runtime_context().get_job_id(), flush=True)
     """)
     mark = str(time.monotonic_ns())
     environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
@@ -254,12 +253,9 @@ def test_twenty_starts_at_the_same_time() -> None:
             assert process.stdin is not None
             process.stdin.write("start\n")
             process.stdin.flush()
-        addresses = [process.stdout.readline().strip() for process in processes if process.stdout]
-        assert "" not in addresses, [p.communicate() for p, a in zip(processes, addresses, strict=True) if not a]
-        assert len(set(addresses)) == 20
         for process in processes:
-            _, errors = process.communicate("end\n", timeout=300)
-            assert process.returncode == 0, errors
+            jobs, errors = process.communicate()
+            assert (process.returncode, jobs) == (0, "01000000\n"), errors
     finally:
         for process in processes:
             process.kill()
