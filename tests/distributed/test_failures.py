@@ -6,18 +6,22 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import ray
 import torch
+from helpers import train_config
 from ray.data import ActorPoolStrategy
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayTaskError, WorkerCrashedError
 from ray.exceptions import OutOfMemoryError as KilledForMemoryError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from oml_ray.config import nodes
+from oml_ray import build
+from oml_ray.config import TrainConfig, nodes, validate
+from oml_ray.distributed import trainer
 from oml_ray.distributed.controller import StopOnFailedStarts, StopOnFinalError
 from oml_ray.distributed.gallery import GalleryPool
 from oml_ray.distributed.runtime.bounded_map import map_batches
@@ -25,6 +29,7 @@ from oml_ray.distributed.runtime.failures import actor_options, final_error, tra
 from oml_ray.distributed.shard import Part
 from oml_ray.distributed.stream import configure
 from oml_ray.errors import EmbeddingError, ImageError, OutOfMemoryError, ProcessDiedError
+from oml_ray.training.run_directory import RunDirectory
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.00 GiB"
 TRACEBACK = f"""ray::Shard.call() (pid=1)
@@ -226,3 +231,31 @@ def test_a_block_that_kills_its_process_each_time_ends_the_dataset(kind: str, tm
     with pytest.raises(ProcessDiedError), unwrapped():
         list(dataset.iter_batches(batch_size=None, prefetch_batches=0))
     assert log.read_text() == "xxx"
+
+
+def test_the_monitor_of_a_training_that_fails_is_ended(
+    small_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray: what is started, asked and ended is recorded."""
+    ended: list[Any] = []
+    started = MagicMock()
+
+    class FailingTrainer:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            raise ValueError("the controller failed")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ActorDiedError
+
+    monkeypatch.setattr(trainer, "TorchTrainer", FailingTrainer)
+    monkeypatch.setattr(trainer, "Monitor", started)
+    for name, fake in (("put", lambda value: value), ("kill", ended.append), ("get", unreachable)):
+        monkeypatch.setattr(ray, name, fake)
+    config = validate(TrainConfig, train_config(small_table, tmp_path), "test")
+    table, run = build.table(config.data, config.run.storage), RunDirectory(config.run.storage, config.run.name)
+    with pytest.raises(ValueError, match="the controller failed"):
+        trainer.fit(config, table, run)
+    assert ended == [started.options.return_value.remote.return_value]
