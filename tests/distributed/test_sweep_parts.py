@@ -21,6 +21,7 @@ from oml_ray.cli import main
 from oml_ray.config import SweepConfig, TrainConfig, load, load_sweep
 from oml_ray.config.nodes import Scaling
 from oml_ray.distributed import optuna_search, sweep_resources, sweep_results, sweep_runs, sweep_table, tuning
+from oml_ray.distributed.trial import training_of
 from oml_ray.distributed.trials import Record, Trial
 from oml_ray.errors import ResourceError, RunError
 from oml_ray.training.run_directory import RunDirectory
@@ -144,9 +145,9 @@ def test_a_record_is_all_that_is_needed_to_continue(ended: tuple[SweepConfig, Ru
     given = [draws.suggest(str(number)) for number in range(3)]
     assert [each["trial"] for each in given[:2]] == ["0002", "0003"]
     assert given[2] == "FINISHED"
-    trial = json.loads(given[0]["config"])
-    assert trial["run"]["storage"] == record.storage
-    assert trial["criterion"]["margin"] == config.draw(2)["criterion.margin"]
+    trial = training_of(config, given[0]["trial"], json.loads(given[0]["values"]), record.storage)
+    assert trial.run.storage == record.storage
+    assert trial.criterion.margin == config.draw(2)["criterion.margin"]  # type: ignore[union-attr]
 
 
 def test_results_count_what_was_saved(ended: tuple[SweepConfig, RunDirectory, Record]) -> None:
