@@ -236,10 +236,12 @@ def _search(parsed: argparse.Namespace) -> None:
 
 def _check(parsed: argparse.Namespace) -> None:
     from oml_ray.config import EmbedConfig, TrainConfig, apply_overrides, read_yaml, validate
+    from oml_ray.storage import retries
 
     tree = apply_overrides(read_yaml(parsed.config), parsed.overrides)
     schema: type[EmbedConfig | TrainConfig] = EmbedConfig if "source" in tree else TrainConfig
     config = validate(schema, tree, parsed.config)
+    retries.configure(config.storage.retries, config.storage.first_wait_s)
     if parsed.images or parsed.store is not None or parsed.page is not None:
         with uncollected():
             from oml_ray.distributed import doctor

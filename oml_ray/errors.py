@@ -81,6 +81,18 @@ class RunError(OmlRayError):
     """A run cannot start or continue under its name."""
 
 
+def permission_denied(place: object, doing: str = "cannot read") -> StorageError:
+    """Build the error of a path or URI that exists, and that this user may not read or write.
+
+    Example:
+        >>> str(permission_denied("/data/df.csv"))
+        "cannot read '/data/df.csv': permission denied: its owner can allow it (chmod, or the rules of the bucket)"
+    """
+    return StorageError(
+        f"{doing} {str(place)!r}: permission denied: its owner can allow it (chmod, or the rules of the bucket)"
+    )
+
+
 def reason_of(error: BaseException, limit: int = 300) -> str:
     """One line of what a library said, for the end of a message of ours.
 

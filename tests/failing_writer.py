@@ -1,7 +1,8 @@
 """Writes what runs hold on storage that fails at each call in turn, or is full after each number of bytes.
 
-Run with the environment of a `FailingStorage` as `failing_writer.py WRITER LIBRARY FOLDER STATE`: after each failure
-there is one clear message, or none and the whole new content; what is read is the old content or the new.
+Run with the environment of a `FailingStorage` as `failing_writer.py WRITER LIBRARY FOLDER STATE`: calls that fail twice
+are retried, and the content is the new one; after each other failure there is one clear message, or none and the whole
+new content; what is read is the old content or the new.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from oml_ray.errors import StorageError
 from oml_ray.retrieval.neighbors import Neighbors
 from oml_ray.retrieval.neighbors_file import neighbors_writer, read_neighbors
 from oml_ray.retrieval.store import Manifest, Store
+from oml_ray.storage import retries
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.checkpoint import Checkpoint, Position
 from oml_ray.training.records import Records
 from oml_ray.training.run_directory import RunDirectory
 
+FOR_GOOD = 10**6
 MANIFEST = Manifest(1, 1, 64, "weights", {}, "table", "all")
 
 
@@ -108,12 +111,14 @@ WRITERS: dict[str, tuple[Callable[[RunDirectory, int], Any], Callable[[RunDirect
 def main() -> None:
     name, library, folder, state = sys.argv[1:]
     storage = FailingStorage(Path(library), Path(folder), Path(state))
+    retries.configure(retries=3, first_wait_s=0)
     (write, read), run = WRITERS[name], RunDirectory(folder, "run")
     write(run, 0)
     numbers = itertools.count(1)
     old = 0
     for disturb, reason, moments in (
-        (lambda calls: storage.fail(calls, times=2), "Input/output error", itertools.count()),
+        (lambda calls: storage.fail(calls, times=2), None, itertools.count()),
+        (lambda calls: storage.fail(calls, times=FOR_GOOD), "Input/output error", itertools.count()),
         (storage.fill, "No space left on device", (int(1.5**power) - 1 for power in itertools.count())),
     ):
         for moment in moments:
@@ -127,7 +132,8 @@ def main() -> None:
             refused = storage.refused
             storage.mend()
             found = read(run)
-            assert message is None or (reason in message and folder in message and "\n" not in message), message
+            is_right = reason is not None and message is not None and reason in message and folder in message
+            assert message is None or (is_right and "\n" not in message), message
             assert found == new or (message and found == old), (found, message)
             write(run, new)
             old = new

@@ -14,11 +14,12 @@ from oml_ray.build.arguments import arguments
 from oml_ray.config import TrainConfig, nodes
 from oml_ray.data import samplers, transforms
 from oml_ray.data.figures import write_figures
-from oml_ray.data.filesystem import is_uri, join, resolve
+from oml_ray.data.filesystem import exists, is_uri, join, resolve
 from oml_ray.data.images import EvaluationLoader, ImageReader, TrainingLoader
 from oml_ray.data.plan import Plan
 from oml_ray.data.stream import ItemLoader
 from oml_ray.data.table import Table, check_files_exist, read_table
+from oml_ray.storage.copying import upload
 from oml_ray.training.context import LocalStream
 from oml_ray.training.pairs import EmbeddingLoader, Mined
 
@@ -62,14 +63,13 @@ def figures_table(storage: str) -> str:
     filesystem, remote = resolve(folder)
     if not is_uri(storage) or isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         return str(write_figures(remote))
-    if filesystem.get_file_info(f"{remote}/df.csv").type == pyarrow.fs.FileType.NotFound:
+    table = join(folder, "df.csv")
+    if not exists(table):
         with tempfile.TemporaryDirectory() as local:
             write_figures(Path(local) / FIGURES)
             for part in ("images", "df.csv"):  # the table last: where it is, everything is
-                filesystem.create_dir(f"{remote}/images", recursive=True)
-                source = str(Path(local) / FIGURES / part)
-                pyarrow.fs.copy_files(source, f"{remote}/{part}", destination_filesystem=filesystem)
-    return join(folder, "df.csv")
+                upload(Path(local) / FIGURES / part, filesystem, f"{remote}/{part}")
+    return table
 
 
 def plan(config: TrainConfig, table: Table, mined: Mined | None = None) -> Plan:

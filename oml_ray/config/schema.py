@@ -40,6 +40,8 @@ class TrainConfig(Node):
     """What is kept."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Processes and resources; does not change the mathematics."""
+    storage: nodes.Storage = nodes.Storage()
+    """How transient errors of storage are retried."""
     validation: nodes.Validation = nodes.Validation()
     """Judging during training."""
     evaluation: nodes.Evaluation = nodes.Evaluation()
@@ -197,6 +199,8 @@ class EmbedConfig(Node):
     """How: its `embed` node."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
+    storage: nodes.Storage = nodes.Storage()
+    """How transient errors of storage are retried."""
 
 
 class EvaluateConfig(Node):
@@ -214,6 +218,8 @@ class EvaluateConfig(Node):
     """How it is embedded, searched and measured."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
+    storage: nodes.Storage = nodes.Storage()
+    """How transient errors of storage are retried."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -262,6 +268,8 @@ class SearchConfig(Node):
     """How queries are embedded (`embed`), the store is searched (`gallery`), and what the page shows (`pictures`)."""
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
+    storage: nodes.Storage = nodes.Storage()
+    """How transient errors of storage are retried."""
 
     @model_validator(mode="after")
     def _is_not_reranked(self) -> Self:

@@ -10,8 +10,10 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from oml_ray.errors import StorageError, reason_of
+from oml_ray.errors import StorageError, permission_denied, reason_of
 from oml_ray.redaction import HIDDEN, is_redacted
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 KNOWN_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
@@ -56,7 +58,8 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     parts = _split(text)
     options = f"?{parts.query}" if parts.query else ""
     try:
-        filesystem, base = _filesystem(f"{parts.scheme}://{parts.netloc}/{options}")
+        root = f"{parts.scheme}://{parts.netloc}/{options}"
+        filesystem, base = retried(lambda: _filesystem(root), text)
     except pa.ArrowException as error:
         if "Unrecognized filesystem type" not in str(error):
             raise _storage_error("cannot use", text, error) from None
@@ -115,21 +118,40 @@ def read_bytes(uri: str | os.PathLike[str], max_bytes: int | None = None) -> byt
         The file's content.
 
     Raises:
-        StorageError: the file is absent, unreadable, or larger than `max_bytes`.
+        StorageError: the file is absent, unreadable, or larger than `max_bytes`. StorageUnavailableError: the storage
+            failed transiently at every retry (of every function here).
     """
     try:
-        if max_bytes is None and not is_uri(uri):
-            # Half the time of pyarrow's file: small images feel it. Of the path that `resolve` gives: the system would
-            # take `link/..` for the parent of where the link leads.
-            with open(os.path.abspath(os.path.expanduser(uri)), "rb") as local:
-                return local.read()
-        filesystem, path = resolve(uri)
-        with filesystem.open_input_file(path) as file:
-            size = file.size()
-            if max_bytes is None or size <= max_bytes:
-                return bytes(file.read())
+        return retried(lambda: _read_bytes(uri, max_bytes), uri)
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a null byte in the path
         raise _storage_error("cannot read", os.fspath(uri), error) from None
+
+
+def read_if_exists(uri: str | os.PathLike[str]) -> bytes | None:
+    """Read a whole file; None where there is no such file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return retried(lambda: _read_bytes(uri, None), uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _storage_error("cannot read", os.fspath(uri), error) from None
+
+
+def _read_bytes(uri: str | os.PathLike[str], max_bytes: int | None) -> bytes:
+    if max_bytes is None and not is_uri(uri):
+        # Half the time of pyarrow's file: small images feel it. Of the path that `resolve` gives: the system would
+        # take `link/..` for the parent of where the link leads.
+        with open(os.path.abspath(os.path.expanduser(uri)), "rb") as local:
+            return local.read()
+    filesystem, path = resolve(uri)
+    with open_input_file(filesystem, path) as file:
+        size = file.size()
+        if max_bytes is None or size <= max_bytes:
+            return bytes(file.read())
     raise StorageError(f"cannot read {os.fspath(uri)!r}: it has {size} bytes, at most {max_bytes} are allowed")
 
 
@@ -141,7 +163,7 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     """
     filesystem, path = resolve(uri)
     try:
-        return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+        return bool(retried(lambda: filesystem.get_file_info(path), uri).type != fs.FileType.NotFound)
     except (OSError, pa.ArrowException) as error:
         raise _storage_error("cannot look at", os.fspath(uri), error) from None
 
@@ -156,11 +178,11 @@ def list_files(uri: str | os.PathLike[str]) -> list[str]:
     """
     filesystem, path = resolve(uri)
     try:
-        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        infos = retried(lambda: filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)), uri)
     except (OSError, pa.ArrowException) as error:
         raise _storage_error("cannot list", os.fspath(uri), error) from None
     names = []
-    for info in found:
+    for info in infos:
         with suppress(UnicodeDecodeError):
             names += [info.base_name] if info.is_file else []
     return names
@@ -221,5 +243,7 @@ def _filesystem(root: str) -> tuple[fs.FileSystem, str]:
 def _storage_error(doing: str, uri: str, error: Exception) -> StorageError:
     if isinstance(error, FileNotFoundError):
         return StorageError(f"{doing} {uri!r}: there is no such file")
+    if isinstance(error, PermissionError):
+        return permission_denied(uri, doing)
     # libraries behind pyarrow list every path they tried, one a line
     return StorageError(f"{doing} {uri!r}: {reason_of(error)}")

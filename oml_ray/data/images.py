@@ -18,7 +18,7 @@ from oml_ray.data.image_modes import Exif, StoredAs
 from oml_ray.data.samplers import Ids
 from oml_ray.data.table import Table
 from oml_ray.data.transforms import Pixels, Transform
-from oml_ray.errors import ImageError, StorageError
+from oml_ray.errors import ImageError, StorageError, StorageUnavailableError
 
 OnBadImage = Literal["error", "skip"]
 
@@ -61,10 +61,13 @@ class ImageReader:
         """Return the file of one row's image.
 
         Raises:
-            ImageError: it is absent or cannot be read.
+            ImageError: it is absent or cannot be read. StorageUnavailableError: the storage failed at every retry; that
+                says nothing about the image, and `data.on_bad_image: skip` does not pass over it.
         """
         try:
             return read_bytes(self.table.uri(row))
+        except StorageUnavailableError:
+            raise
         except StorageError as error:
             raise ImageError(f"{self._name(row)}: {error}") from None
 

@@ -11,6 +11,7 @@ from oml_ray.data.filesystem import parent, resolve
 from oml_ray.data.table import Table, check_files_exist, table_of
 from oml_ray.data.table_checks import BOX, name_hint
 from oml_ray.errors import ConfigError, StorageError, TableError
+from oml_ray.storage.retries import retried
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
@@ -47,7 +48,7 @@ def read_queries(source: str | os.PathLike[str], root: str | os.PathLike[str] | 
     source = os.fspath(source)
     filesystem, path = resolve(source)
     try:
-        kind = filesystem.get_file_info(path).type
+        kind = retried(lambda: filesystem.get_file_info(path), source).type
     except OSError as error:
         raise StorageError(f"queries: {source} cannot be listed: {error}") from None
     if kind == fs.FileType.NotFound:
@@ -83,7 +84,7 @@ def list_images(folder: str) -> tuple[list[str], int]:
     """
     filesystem, path = resolve(folder)
     try:
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        found = retried(lambda: filesystem.get_file_info(fs.FileSelector(path, recursive=True)), folder)
         names = sorted(info.path[len(path) :].lstrip("/") for info in found if info.is_file)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"the folder {folder} cannot be listed: {error}") from None

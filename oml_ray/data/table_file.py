@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -10,7 +11,9 @@ from pyarrow import csv, fs, parquet
 from oml_ray.data import columns as col
 from oml_ray.data import table_checks as checks
 from oml_ray.data.filesystem import is_uri, resolve
-from oml_ray.errors import TableError, reason_of
+from oml_ray.errors import TableError, permission_denied, reason_of
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
@@ -48,14 +51,17 @@ def read(source: str) -> TableFile:
     """
     filesystem, path = resolve(source)
     try:
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            return _joined({part: _read_parquet(filesystem.open_input_file, part) for part in _parts(filesystem, path)})
+        if retried(lambda: filesystem.get_file_info(path), source).type == fs.FileType.Directory:
+            opened = partial(open_input_file, filesystem)
+            return _joined({part: _read_parquet(opened, part) for part in _parts(filesystem, path)})
         suffix, codec = _format(source)
         if suffix == PARQUET:
-            return _read_parquet(filesystem.open_input_file, path)
-        return _read_csv(lambda name: filesystem.open_input_stream(name, compression=codec), path, suffix)
+            return _read_parquet(partial(open_input_file, filesystem), path)
+        return _read_csv(partial(_open_compressed, filesystem, codec), path, suffix)
     except FileNotFoundError:
         raise TableError(f"table {source}: there is no such file") from None
+    except PermissionError:
+        raise permission_denied(source) from None
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: names of columns that are no texts
         hint = "; save it as UTF-8" if "UTF8" in str(error) else ""
         raise TableError(f"table {source} cannot be read: {reason_of(error)}{hint}") from None
@@ -93,6 +99,11 @@ def _format(source: str) -> tuple[str, str | None]:
     if suffix in DELIMITERS or last == PARQUET:
         return suffix, CODECS.get(last)
     raise TableError(f"table {source}: the file must end in {SUFFIXES}, not {last or 'nothing'!r}")
+
+
+def _open_compressed(filesystem: fs.FileSystem, codec: str | None, path: str) -> pa.NativeFile:
+    file = open_input_file(filesystem, path)
+    return file if codec is None else pa.CompressedInputStream(file, codec)
 
 
 def _read_csv(opened: Open, path: str, suffix: str) -> TableFile:
@@ -135,7 +146,8 @@ def _as_texts(data: pa.Table, names: Sequence[str]) -> TableFile:
 
 def _parts(filesystem: fs.FileSystem, folder: str) -> list[str]:
     """Paths of the Parquet files in a folder, by name."""
-    infos = sorted(filesystem.get_file_info(fs.FileSelector(folder)), key=lambda info: info.base_name)
+    listed = retried(lambda: filesystem.get_file_info(fs.FileSelector(folder)), folder)
+    infos = sorted(listed, key=lambda info: info.base_name)
     infos = [info for info in infos if not info.base_name.startswith(("_", "."))]
     others = [info.base_name for info in infos if not (info.is_file and info.base_name.lower().endswith(PARQUET))]
     if others or not infos:

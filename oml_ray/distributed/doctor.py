@@ -30,7 +30,8 @@ from oml_ray.retrieval.rows import Rows
 from oml_ray.retrieval.store import Store
 from oml_ray.retrieval.suspects import NUM_VOTES, Suspects, near_copies, wrong_labels
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
-from oml_ray.training.run_directory import check_writable, write_atomically
+from oml_ray.storage.atomic_write import write_atomically
+from oml_ray.training.run_directory import check_writable
 
 NEAR_DISTANCE = 0.05  # cosine: of most extractors, other pictures are farther; what copies are depends on them
 

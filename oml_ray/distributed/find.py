@@ -39,7 +39,8 @@ from oml_ray.retrieval.neighbors_file import neighbors_writer
 from oml_ray.retrieval.report.search_page import SearchItem, SearchPage, SearchRow, render_search
 from oml_ray.retrieval.store import Manifest, Store
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
-from oml_ray.training.run_directory import RunDirectory, write_atomically
+from oml_ray.storage.atomic_write import write_atomically
+from oml_ray.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, eq=False)

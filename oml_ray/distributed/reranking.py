@@ -38,6 +38,7 @@ from oml_ray.retrieval.rerank.pairwise import pairs_to_judge, uncertain, with_di
 from oml_ray.retrieval.rerank.thresholding import adaptive_threshold, constant_threshold
 from oml_ray.retrieval.rows import Float32Array
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
+from oml_ray.storage.retries import retried
 from oml_ray.training.run_directory import RunDirectory
 
 FOLDER = "reranking"
@@ -204,7 +205,7 @@ class _Reranking:
         folder = join(self.run.uri, FOLDER)
         filesystem, path = resolve(folder)
         try:
-            filesystem.create_dir(path, recursive=True)
+            retried(lambda: filesystem.create_dir(path, recursive=True), folder)
         except OSError as error:
             raise StorageError(f"{folder} cannot be written: {reason_of(error)}.") from None
         with embeddings_writer(filesystem, f"{path}/{name}.parquet", self.gallery.embeddings.dimension) as write:

@@ -18,11 +18,12 @@ from oml_ray.config import (
     nodes,
     parse_yaml,
 )
-from oml_ray.data.filesystem import exists, is_uri, join, resolve
+from oml_ray.data.filesystem import exists, is_uri, join, read_if_exists
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.runtime import driver_log, resume
 from oml_ray.errors import ConfigError, RunError
 from oml_ray.redaction import redacted
+from oml_ray.storage import retries
 from oml_ray.training import checkpoint as checkpoints
 from oml_ray.training.run_directory import RunDirectory
 from oml_ray.training.tracking import mlflow_tracker, tracker, wandb_tracker
@@ -38,7 +39,7 @@ PATHS = {"storage", "table", "root", "weights", "checkpoint", "store", "embeddin
 TRACKING = (tracker.IDENTITY, mlflow_tracker.UNSENT, wandb_tracker.FOLDER)
 
 # Keys that may change when a run is continued.
-MAY_DIFFER = ("scaling", "run", "tracking")
+MAY_DIFFER = ("scaling", "run", "tracking", "storage")
 
 # What Ray sets for the command of a submitted job, and for nothing else: not for its tasks, actors and workers.
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -48,13 +49,17 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def resolved(config: AnyConfig) -> AnyConfig:
-    """Make every path of a config absolute: Ray changes the directory of its workers.
+    """Make every path of a config absolute, because Ray workers run in another directory, and apply `storage`.
+
+    The retries of storage hold from here on, in this process and in those that it starts.
 
     Raises:
         ConfigError: a path is relative in a Ray job; names the keys.
     """
     if IN_A_JOB in os.environ:
         _check_none_relative(config)
+    storage = config.training.storage if isinstance(config, SweepConfig) else config.storage
+    retries.configure(storage.retries, storage.first_wait_s)
     return cast(AnyConfig, _resolved(config))
 
 
@@ -137,12 +142,10 @@ def changes(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> list[str]
     if config.run.resume == "never":
         return None
     uri = join(config.run.storage, config.run.name)
-    filesystem, path = resolve(uri)
-    try:
-        with filesystem.open_input_stream(f"{path}/{CONFIG}") as stream:
-            text = stream.read().decode()
-    except OSError:
+    data = read_if_exists(join(uri, CONFIG))
+    if data is None:
         return None
+    text = data.decode("utf-8", "replace")
     # Both without credentials, which no run keeps: other ones do not make it another run.
     return resume.check_changes(config, redacted(parse_yaml(text, f"{uri}/{CONFIG}")), may_differ, uri)
 

@@ -20,6 +20,7 @@ from oml_ray.distributed.runtime.devices import num_fake_gpus
 from oml_ray.distributed.runtime.gpu_check import check_local_gpus
 from oml_ray.distributed.runtime.resources import Needs, check_resources
 from oml_ray.errors import ResourceError
+from oml_ray.storage import retries
 
 CALLED_BACK = ("_remove", "__del__")  # by weak references, and by the end of an object
 LATER_S = 0.01
@@ -100,7 +101,10 @@ def _start(needs: Needs, dashboard: bool) -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            local_ray.connect(address=address)
+            # Processes of a cluster do not inherit the environment of this one. None where all are the defaults:
+            # processes with an environment of their own start later.
+            variables = retries.environment()
+            local_ray.connect(address=address, runtime_env={"env_vars": variables} if variables else None)
         else:
             num_cpus = max(os.cpu_count() or 1, math.ceil(needs.cpus))
             # Without simulated GPUs Ray counts those of the machine.

@@ -28,6 +28,7 @@ from oml_ray.retrieval.pair_counts import Request, count_pairs
 from oml_ray.retrieval.rerank.farthest import farthest_distances
 from oml_ray.retrieval.rows import Float32Array, Rows
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
+from oml_ray.storage.retries import retried
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class GalleryShard:
         if uri is None:
             return GalleryIndex.build(settings, self.rows, **options)
         filesystem, path = resolve(uri)
-        if filesystem.get_file_info(f"{path}.json").is_file:
+        if retried(lambda: filesystem.get_file_info(f"{path}.json"), uri).is_file:
             return GalleryIndex.load(filesystem, path, settings, self.rows, **options)
         index = GalleryIndex.build(settings, self.rows, **options)
         index.save(filesystem, path)

@@ -16,7 +16,15 @@ from oml_ray.errors import RunError
 from oml_ray.training.run_directory import RunDirectory
 
 # Keys that may change when a sweep is continued: where it runs, and how long it goes on.
-MAY_DIFFER = ("run", "base.run", "base.scaling", "base.tracking", "tune.num_samples", "tune.max_concurrent")
+MAY_DIFFER = (
+    "run",
+    "base.run",
+    "base.scaling",
+    "base.tracking",
+    "base.storage",
+    "tune.num_samples",
+    "tune.max_concurrent",
+)
 
 
 def resolved(config: SweepConfig) -> SweepConfig:

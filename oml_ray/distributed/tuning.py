@@ -48,7 +48,7 @@ def run_trials(config: SweepConfig, record: Record, run: RunDirectory, max_concu
     if num_left == 0:
         return
     os.environ.update(SETTINGS)
-    on_path = run.local.as_posix() == run.uri
+    on_path, name = run.local.as_posix() == run.uri, runs.ray_name(config)
     tuner = tune.Tuner(
         # The config reaches the trials in memory: what Tune is given as a trial's own config, it writes to files.
         tune.with_resources(
@@ -62,7 +62,7 @@ def run_trials(config: SweepConfig, record: Record, run: RunDirectory, max_concu
             trial_dirname_creator=lambda trial: f"{trial.config['trial']}_{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=runs.ray_name(config),
+            name=name,
             storage_path=run.path(RAY_RECORDS).as_posix() if on_path else join(run.uri, RAY_RECORDS),
             verbose=0,
             callbacks=[Ends(record, told)],
@@ -70,6 +70,8 @@ def run_trials(config: SweepConfig, record: Record, run: RunDirectory, max_concu
             failure_config=tune.FailureConfig(max_failures=config.training.scaling.max_failures),
         ),
     )
+    # To restore a sweep, Tune has written where it lies, with the credentials of the URI: the record restores it.
+    run.remove(RAY_RECORDS, name, "tuner.pkl")
     tuner.fit()
     if len(record.trials) < config.num_trials or any(trial.state == "running" for trial in record.trials):
         raise KeyboardInterrupt  # Tune itself only stops at Ctrl-C

@@ -14,7 +14,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from oml_ray.errors import EmbeddingError, reason_of
+from oml_ray.errors import EmbeddingError, permission_denied, reason_of
+from oml_ray.storage.reading import open_input_file
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
@@ -143,10 +144,12 @@ class ParquetFile:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            with self.filesystem.open_input_file(self.path) as source:
+            with open_input_file(self.filesystem, self.path) as source:
                 yield pq.ParquetFile(
                     source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
                 )
+        except PermissionError:
+            raise permission_denied(self.path) from None
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise EmbeddingError(
                 f"{self.path} cannot be read as Parquet ({reason_of(error)}): it is damaged; write it again."
@@ -218,8 +221,10 @@ class NpyFile:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            with self.filesystem.open_input_file(self.path) as file:
+            with open_input_file(self.filesystem, self.path) as file:
                 yield file
+        except PermissionError:
+            raise permission_denied(self.path) from None
         except (OSError, ValueError) as error:
             raise EmbeddingError(
                 f"{self.path} cannot be read as .npy ({reason_of(error)}): it is damaged; write it again."

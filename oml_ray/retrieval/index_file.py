@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import pyarrow.fs
 
-from oml_ray.errors import EmbeddingError, StorageError, reason_of
-from oml_ray.retrieval.whole_file import whole_file
+from oml_ray.errors import EmbeddingError, StorageError, permission_denied, reason_of
+from oml_ray.storage.atomic_write import whole_file
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 Read = TypeVar("Read")
 
@@ -41,7 +43,7 @@ def save(
             write(str(local))
             facts = {"made_of": dict(made_of), "sha256": _sha256(local), "num_bytes": local.stat().st_size}
             if "/" in path:
-                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+                retried(lambda: filesystem.create_dir(path.rpartition("/")[0], recursive=True), path)
             _put(filesystem, path, local)
             local.write_text(json.dumps(facts, indent=1), encoding="utf-8")
             _put(filesystem, _facts_of(path), local)
@@ -76,7 +78,7 @@ def load(filesystem: pyarrow.fs.FileSystem, path: str, made_of: Mapping[str, Any
     try:
         with tempfile.TemporaryDirectory(prefix="oml_ray-index-") as folder:
             local = Path(folder, "index")
-            with filesystem.open_input_stream(path) as source, local.open("wb") as target:
+            with open_input_file(filesystem, path) as source, local.open("wb") as target:
                 while chunk := source.read(COPIED_AT_ONCE):
                     target.write(chunk)
             found = _sha256(local)
@@ -88,6 +90,8 @@ def load(filesystem: pyarrow.fs.FileSystem, path: str, made_of: Mapping[str, Any
             return read(str(local))
     except FileNotFoundError:
         raise StorageError(f"the index {path} is missing, though its facts are there; build it again.") from None
+    except PermissionError:
+        raise permission_denied(path) from None
     except OSError as error:
         raise StorageError(f"the index {path} cannot be read: {reason_of(error)}.") from None
 
@@ -95,12 +99,14 @@ def load(filesystem: pyarrow.fs.FileSystem, path: str, made_of: Mapping[str, Any
 def _facts(filesystem: pyarrow.fs.FileSystem, path: str) -> dict[str, Any]:
     name = _facts_of(path)
     try:
-        with filesystem.open_input_stream(name) as stream:
+        with open_input_file(filesystem, name) as stream:
             facts = json.loads(stream.read())
         if not isinstance(facts["made_of"], dict) or not isinstance(facts["sha256"], str) or "num_bytes" not in facts:
             raise ValueError("it lacks made_of, sha256 or num_bytes")
     except FileNotFoundError:
         raise StorageError(f"the index {path} is missing (no {name}); build it and save it there.") from None
+    except PermissionError:
+        raise permission_denied(name) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{name} is damaged: {reason_of(error)}; build the index again.") from None
     return dict(facts)

@@ -22,10 +22,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from oml_ray.errors import EmbeddingError, StorageError, reason_of
+from oml_ray.errors import EmbeddingError, StorageError, permission_denied, reason_of
 from oml_ray.retrieval.metrics import PerQuery
 from oml_ray.retrieval.neighbors import NO_ID, Neighbors, concatenate
-from oml_ray.retrieval.whole_file import whole_file
+from oml_ray.storage.atomic_write import whole_file
+from oml_ray.storage.reading import open_input_file
 
 Int64Array = NDArray[np.int64]
 
@@ -85,7 +86,7 @@ def read_neighbors(filesystem: pa.fs.FileSystem, path: str) -> tuple[Int64Array,
         StorageError: there is no such file. EmbeddingError: it is damaged, or no file of neighbors.
     """
     try:
-        with filesystem.open_input_file(path) as source:
+        with open_input_file(filesystem, path) as source:
             file = pq.ParquetFile(source)
             schema = file.schema_arrow
             if not schema.equals(NEIGHBORS) or K not in (schema.metadata or {}):
@@ -115,6 +116,8 @@ def read_neighbors(filesystem: pa.fs.FileSystem, path: str) -> tuple[Int64Array,
                     raise EmbeddingError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise StorageError(f"cannot read {path!r}: there is no such file") from None
+    except PermissionError:
+        raise permission_denied(path) from None
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: texts that are none, a number of places
         raise EmbeddingError(f"{path} cannot be read ({reason_of(error)}): it is damaged; write it again.") from None
     return np.concatenate(query_ids), concatenate(parts)

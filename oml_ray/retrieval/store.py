@@ -15,9 +15,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from oml_ray.errors import EmbeddingError, StorageError, reason_of
+from oml_ray.errors import EmbeddingError, StorageError, permission_denied, reason_of
 from oml_ray.redaction import redact
-from oml_ray.retrieval.whole_file import whole_file
+from oml_ray.storage.atomic_write import whole_file
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 MANIFEST = "manifest.json"
 BAD_IMAGES = b"oml_ray.bad_images"
@@ -69,7 +71,7 @@ class Store:
             StorageError: it is damaged.
         """
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST}") as stream:
+            with open_input_file(self.filesystem, f"{self.path}/{MANIFEST}") as stream:
                 found = Manifest(**json.loads(stream.read()))
             for key, least in (("num_rows", 0), ("rows_per_part", 1), ("embedding_dim", 1)):
                 value = getattr(found, key)
@@ -80,6 +82,8 @@ class Store:
             return found
         except FileNotFoundError:
             return None
+        except PermissionError:
+            raise permission_denied(f"{self.path}/{MANIFEST}") from None
         except (OSError, TypeError, ValueError, RecursionError) as error:
             raise StorageError(f"{self.path}/{MANIFEST} cannot be read: {reason_of(error)}.") from None
 
@@ -93,7 +97,7 @@ class Store:
         found = self.manifest()
         if found is None:
             try:
-                self.filesystem.create_dir(self.path, recursive=True)
+                retried(lambda: self.filesystem.create_dir(self.path, recursive=True), self.path)
             except OSError as error:
                 raise StorageError(f"{self.path} cannot be written: {reason_of(error)}.") from None
             self._write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -132,7 +136,11 @@ class Store:
 
     def _missing(self, manifest: Manifest) -> list[int]:
         selector = pyarrow.fs.FileSelector(self.path)
-        present = {info.base_name for info in self.filesystem.get_file_info(selector)}
+        try:
+            infos = retried(lambda: self.filesystem.get_file_info(selector), self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be listed: {reason_of(error)}.") from None
+        present = {info.base_name for info in infos}
         return [part for part in range(manifest.num_parts) if part_name(part) not in present]
 
     def write_part(self, part: int, columns: Mapping[str, Any], embeddings: Kept, bad: Mapping[int, str]) -> None:
@@ -177,9 +185,8 @@ class Store:
             with self._reading(part) as name:
                 if ids is not None and not self._may_hold(name, ids):
                     continue
-                table = pq.read_table(
-                    name, columns=columns, filesystem=self.filesystem, page_checksum_verification=True
-                )
+                with open_input_file(self.filesystem, name) as file:
+                    table = pq.read_table(file, columns=columns, page_checksum_verification=True)
                 _check_vectors(table)
             yield table
 
@@ -190,13 +197,16 @@ class Store:
             yield name
         except FileNotFoundError:
             raise EmbeddingError(f"The store {self.path} is not whole: {part_name(part)} is missing.") from None
+        except PermissionError:
+            raise permission_denied(name) from None
         except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
             raise EmbeddingError(
                 f"{name} is damaged: {reason_of(error)}. Remove it and run `oml-ray embed` again."
             ) from None
 
     def _may_hold(self, name: str, ids: Ids) -> bool:
-        metadata = pq.read_metadata(name, filesystem=self.filesystem)
+        with open_input_file(self.filesystem, name) as file:
+            metadata = pq.read_metadata(file)
         position = metadata.schema.names.index("id")
         for group in range(metadata.num_row_groups):
             column = metadata.row_group(group).column(position).statistics
@@ -216,7 +226,8 @@ class Store:
         bad: dict[int, str] = {}
         for part in range(manifest.num_parts):
             with self._reading(part) as name:
-                schema = pq.read_schema(name, filesystem=self.filesystem)
+                with open_input_file(self.filesystem, name) as file:
+                    schema = pq.read_schema(file)
                 found = json.loads((schema.metadata or {}).get(BAD_IMAGES, b"{}"))
                 if not isinstance(found, dict):
                     raise ValueError(f"its metadata {BAD_IMAGES.decode()} is no JSON object")
@@ -226,10 +237,13 @@ class Store:
     def _write(self, name: str, data: Any) -> None:
         target = f"{self.path}/{name}"
         try:
-            with whole_file(self.filesystem, target) as stream:
-                stream.write(data)
+            retried(lambda: self._write_once(target, data), target)
         except OSError as error:
             raise StorageError(f"{target} cannot be written: {reason_of(error)}.") from None
+
+    def _write_once(self, target: str, data: Any) -> None:
+        with whole_file(self.filesystem, target) as stream:
+            stream.write(data)
 
 
 def part_name(part: int) -> str:

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from oml_ray.errors import EmbeddingError, StorageError
 from oml_ray.retrieval.embedding_files import Faults, NpyFile, ParquetFile
 from oml_ray.retrieval.rows import FileRows, Rows
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
@@ -203,11 +205,11 @@ class UserEmbeddings:
 
 def _files(filesystem: pa.fs.FileSystem, path: str) -> list[ParquetFile] | list[NpyFile]:
     try:
-        found = filesystem.get_file_info(path)
+        found = retried(lambda: filesystem.get_file_info(path), path)
         if found.type == pa.fs.FileType.NotFound:
             raise StorageError(f"cannot read {path!r}: there is no such file or folder")
         if found.type == pa.fs.FileType.Directory:
-            inside = filesystem.get_file_info(pa.fs.FileSelector(path))
+            inside = retried(lambda: filesystem.get_file_info(pa.fs.FileSelector(path)), path)
             parts = sorted(info.path for info in inside if info.is_file and info.base_name.endswith(".parquet"))
             parts = [part for part in parts if not part.rpartition("/")[2].startswith((".", "_"))]
             if not parts:
@@ -216,7 +218,7 @@ def _files(filesystem: pa.fs.FileSystem, path: str) -> list[ParquetFile] | list[
                     "a folder of Parquet parts, a Parquet file or a .npy file."
                 )
             return [ParquetFile(filesystem, part) for part in parts]
-        with filesystem.open_input_file(path) as file:
+        with open_input_file(filesystem, path) as file:
             head = file.read(6)
     except OSError as error:
         raise StorageError(f"cannot read {path!r}: {error}") from None

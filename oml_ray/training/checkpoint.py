@@ -18,9 +18,10 @@ import math
 import re
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from oml_ray.data.filesystem import join, resolve
-from oml_ray.errors import CheckpointError, StorageError, reason_of
+from oml_ray.errors import CheckpointError, OmlRayError, StorageError, permission_denied, reason_of
 from oml_ray.learning.weights import State
-from oml_ray.training.run_directory import RunDirectory, flush_to_disk, write_atomically
+from oml_ray.storage.atomic_write import flush_folder, save_with_umask, write_atomically
+from oml_ray.storage.copying import download
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
+from oml_ray.training.run_directory import RunDirectory
 
 FOLDER = "checkpoints"
 WEIGHTS, TRAINING, META = "extractor.safetensors", "training.pt", "meta.json"
 FORMAT = 1
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -88,37 +94,69 @@ def save(
     """
     name = name_of(checkpoint.position.global_step)
     final = run.path(FOLDER, name)
+    staged = final.with_name(f".{name}-{uuid.uuid4().hex}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=final.parent, ignore_cleanup_errors=True) as folder:
-            staged = Path(folder)
-            save_file({key: value.contiguous() for key, value in checkpoint.extractor.items()}, staged / WEIGHTS)
-            with (staged / TRAINING).open("wb") as file:  # of a path, torch would not tell what the disk said
-                torch.save(checkpoint.training, file)
-            files = [WEIGHTS, TRAINING, *(write_more(staged) if write_more else ())]
-            meta = {
-                "format": FORMAT,
-                "position": asdict(checkpoint.position),
-                "best": checkpoint.best,
-                "files": {each: _checksum(staged / each) for each in files},
-                **checkpoint.meta,
-            }
-            write_atomically(staged / META, json.dumps(meta, indent=1).encode())
-            flush_to_disk(staged / WEIGHTS)
-            flush_to_disk(staged / TRAINING)
-            staged.chmod(0o755)
-            if final.exists():  # left by a process that died before it moved `last`
-                shutil.rmtree(final)
-            staged.rename(final)
+        retried(lambda: staged.mkdir(parents=True, exist_ok=True), staged)
+        _write_files(staged, checkpoint, write_more)
+        _put_in_place(staged, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors wraps what the disk says
         # Of torch it is the one before: then its archive cannot be ended either.
         said = error.__context__ if isinstance(error.__context__, OSError) else error
         raise StorageError(f"The checkpoint {final} cannot be written: {reason_of(said)}.") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     run.publish(FOLDER, name)
     if is_best:
         move_best(run, checkpoint.position.global_step)
     run.write_text(name, FOLDER, "last")
     prune(run, keep, keep_also)
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint, write_more: Callable[[Path], list[str]] | None) -> None:
+    weights = {key: value.contiguous() for key, value in checkpoint.extractor.items()}
+    save_with_umask(folder / WEIGHTS, lambda path: save_file(weights, path))
+    save_with_umask(folder / TRAINING, lambda path: _save_training(checkpoint.training, path))
+    files = [WEIGHTS, TRAINING, *(write_more(folder) if write_more else ())]
+    meta = {
+        "format": FORMAT,
+        "position": asdict(checkpoint.position),
+        "best": checkpoint.best,
+        "files": {each: _checksum(folder / each) for each in files},
+        **checkpoint.meta,
+    }
+    write_atomically(folder / META, json.dumps(meta, indent=1).encode())
+    flush_folder(folder)
+
+
+def _save_training(training: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # of a path, torch would not tell what the disk said
+        torch.save(training, file)
+
+
+def _put_in_place(staged: Path, final: Path) -> None:
+    """Move a written folder to its name. The checkpoint of the same step that has it is removed last.
+
+    A process that dies between the two moves leaves the older one under another name: see `restore_replaced`.
+    """
+    replaced = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        retried(lambda: final.rename(replaced), final)
+    retried(lambda: staged.rename(final), final)
+    flush_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(run: RunDirectory) -> None:
+    """Give back its name to a checkpoint whose process died while it was replaced by one of the same step.
+
+    Only for the start of a process, when nothing is written to the run.
+    """
+    for replaced in run.path(FOLDER).glob(f".step_*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
+        if not final.exists():
+            with suppress(OSError):  # another process of the training was faster
+                replaced.rename(final)
 
 
 def name_of(step: int) -> str:
@@ -153,6 +191,7 @@ def replace_lost_best(run: RunDirectory) -> str | None:
 
     Someone has removed it, as the message about a damaged one tells to.
     """
+    restore_replaced(run)
     there = names(run)
     if not there or not has_lost_best(run):
         return None
@@ -170,7 +209,8 @@ def prune(run: RunDirectory, keep: int, keep_also: Iterable[int] = ()) -> None:
     """Remove all checkpoints but the best, the newest, and some."""
     there = run.names(FOLDER)
     for name in there:
-        if name.startswith(".step_"):
+        is_replaced = name.endswith(REPLACED) and name.removeprefix(".").removesuffix(REPLACED) not in there
+        if name.startswith(".step_") and not is_replaced:
             run.remove(FOLDER, name)
     steps = [name for name in there if name.startswith("step_")]
     kept = {*steps[-keep:], *map(name_of, keep_also), run.read_text(FOLDER, "best"), run.read_text(FOLDER, "last")}
@@ -181,6 +221,7 @@ def prune(run: RunDirectory, keep: int, keep_also: Iterable[int] = ()) -> None:
 
 def latest(run: RunDirectory, *, read_more: Callable[[Path, Checkpoint], None] | None = None) -> Checkpoint | None:
     """Return the last checkpoint of a run, None before the first; `read_more` reads from its folder too."""
+    restore_replaced(run)
     steps = names(run)
     last = (run.read_text(FOLDER, "last") or "").strip()
     if not steps or not last:
@@ -204,13 +245,13 @@ def located(uri: str) -> Iterator[Path]:
     """
     filesystem, path = resolve(uri)
     try:
-        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
-            with filesystem.open_input_stream(path) as stream:
+        if _type_of(filesystem, path) == pyarrow.fs.FileType.File:
+            with open_input_file(filesystem, path) as stream:
                 name = stream.read(256).decode("utf-8", "replace").strip()
             if not re.fullmatch("step_[0-9]+", name):
                 raise CheckpointError(f"{uri} is a file, but not the `best` or `last` of a run's checkpoints.")
             path = f"{path.rpartition('/')[0]}/{name}"
-        if filesystem.get_file_info(f"{path}/{META}").type != pyarrow.fs.FileType.File:
+        if _type_of(filesystem, f"{path}/{META}") != pyarrow.fs.FileType.File:
             raise CheckpointError(
                 f"There is no checkpoint at {path}: give a folder that holds {META}, or a run's checkpoints/best "
                 "or checkpoints/last."
@@ -219,16 +260,26 @@ def located(uri: str) -> Iterator[Path]:
             yield Path(path)
             return
         # A key of an object store may hold "..", and would be copied to wherever that leads.
-        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
+        selector = pyarrow.fs.FileSelector(path, recursive=True)
+        infos = retried(lambda: filesystem.get_file_info(selector), uri)
+        for info in infos:
             if ".." in info.path.split("/"):
                 raise CheckpointError(
                     f"The checkpoint {uri} is not copied: its file {info.path!r} would lead out of it."
                 )
         with tempfile.TemporaryDirectory(prefix="oml_ray-checkpoint-") as local:
-            pyarrow.fs.copy_files(path, local, source_filesystem=filesystem)
+            for info in infos:
+                if info.is_file:
+                    download(filesystem, info.path, Path(local, info.path.removeprefix(f"{path}/")))
             yield Path(local)
+    except PermissionError:
+        raise permission_denied(uri) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise CheckpointError(f"The checkpoint {uri} cannot be read: {reason_of(error)}.") from None
+
+
+def _type_of(filesystem: pyarrow.fs.FileSystem, path: str) -> pyarrow.fs.FileType:
+    return retried(lambda: filesystem.get_file_info(path), path).type
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -238,7 +289,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CheckpointError: it is absent, damaged or of an unknown format.
     """
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = json.loads(retried(lambda: (folder / META).read_text(encoding="utf-8"), folder / META))
+    except PermissionError:
+        raise permission_denied(folder / META) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"The checkpoint {folder} cannot be read: {META}: {reason_of(error)}.") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -265,7 +318,9 @@ def read_extractor(folder: Path) -> State:
     """
     _check(folder, WEIGHTS, read_meta(folder))
     try:
-        return load_file(folder / WEIGHTS)
+        return retried(lambda: load_file(folder / WEIGHTS), folder / WEIGHTS)
+    except OmlRayError:
+        raise
     except Exception as error:  # safetensors raises its own kinds
         raise CheckpointError(f"The checkpoint {folder} is damaged: {WEIGHTS}: {reason_of(error)}.") from None
 
@@ -280,7 +335,9 @@ def read(folder: Path) -> Checkpoint:
     extractor = read_extractor(folder)
     _check(folder, TRAINING, meta)
     try:
-        training = torch.load(folder / TRAINING, "cpu", weights_only=True)
+        training = retried(lambda: torch.load(folder / TRAINING, "cpu", weights_only=True), folder / TRAINING)
+    except OmlRayError:
+        raise
     except Exception as error:  # torch raises many kinds on damaged files
         raise CheckpointError(f"The checkpoint {folder} is damaged: {TRAINING}: {reason_of(error)}.") from None
     if not isinstance(training, dict):
@@ -301,7 +358,9 @@ def check(folder: Path, files: Iterable[str]) -> None:
 
 def _check(folder: Path, file: str, meta: dict[str, Any]) -> None:
     try:
-        found = _checksum(folder / file)
+        found = retried(lambda: _checksum(folder / file), folder / file)
+    except PermissionError:
+        raise permission_denied(folder / file) from None
     except OSError as error:
         raise CheckpointError(f"The checkpoint {folder} is not whole: {file}: {error.strerror}.") from None
     expected = meta.get("files", {}).get(file)

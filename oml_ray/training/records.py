@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from oml_ray.errors import StorageError, reason_of
+from oml_ray.storage.retries import is_transient, logger, retried
 from oml_ray.training.run_directory import History, RunDirectory
 from oml_ray.training.tracking import Tracker
 
@@ -32,8 +34,9 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and of use to one rank alone
 
         purge_step = None if until_step is None else until_step + 1
+        self._open_events = partial(SummaryWriter, str(run.path(EVENTS)))
         with self._writing():
-            self._events = SummaryWriter(str(run.path(EVENTS)), purge_step=purge_step)
+            self._events = retried(lambda: self._open_events(purge_step=purge_step), run.path(EVENTS))
         for row in self.history.rows:  # which a process that was killed may have told nobody
             if row.get("kind") == "validation":
                 points = _points("validation", _scores(row))
@@ -75,10 +78,15 @@ class Records:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        path = self._run.path(EVENTS)
         try:
             yield
         except OSError as error:  # also of earlier events: a thread writes them
-            raise StorageError(f"{self._run.path(EVENTS)} cannot be written: {reason_of(error)}.") from None
+            if is_transient(error):  # the history has all that these events show: a gap in them is no reason to end
+                logger.warning("%s: %s; events since the last checkpoint may be lost", path, reason_of(error))
+                self._events = retried(self._open_events, path)
+                return
+            raise StorageError(f"{path} cannot be written: {reason_of(error)}.") from None
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Behind a URI, files are written to a local staging folder and published one by o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-import uuid
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,10 @@ import pyarrow.fs
 from oml_ray.data.filesystem import is_uri, join, resolve
 from oml_ray.errors import StorageError, reason_of
 from oml_ray.redaction import redact
+from oml_ray.storage.atomic_write import write_atomically
+from oml_ray.storage.copying import upload
+from oml_ray.storage.reading import open_input_file
+from oml_ray.storage.retries import retried
 
 
 class RunDirectory:
@@ -42,15 +46,11 @@ class RunDirectory:
         self._is_remote = is_uri(storage) and not isinstance(self._filesystem, pyarrow.fs.LocalFileSystem)
         try:
             if self._is_remote:
-                self.local = (
-                    Path(tempfile.gettempdir()) / f"oml_ray-{os.getuid()}" / f"{zlib.crc32(self.uri.encode()):08x}"
-                )
-                self._filesystem.create_dir(self._remote, recursive=True)
+                self.local = staging_folder(self.uri)
+                retried(lambda: self._filesystem.create_dir(self._remote, recursive=True), self.uri)
             else:
                 self.local = Path(self._remote)
-            self.local.mkdir(parents=True, exist_ok=True, mode=0o700 if self._is_remote else 0o777)
-            with tempfile.TemporaryFile(dir=self.local):
-                pass
+            retried(lambda: _try_to_write(self.local), self.uri)
         except OSError as error:
             raise StorageError(
                 f"run.storage: {self.uri} cannot be written ({error.strerror or error}): "
@@ -64,12 +64,10 @@ class RunDirectory:
     def publish(self, *parts: str) -> None:
         """Make a written file or folder part of the run behind a URI."""
         if self._is_remote:
-            is_folder = self.path(*parts).is_dir()
             try:
-                self._filesystem.create_dir(self._at(*(parts if is_folder else parts[:-1])), recursive=True)
-                pyarrow.fs.copy_files(str(self.path(*parts)), self._at(*parts), destination_filesystem=self._filesystem)
+                upload(self.path(*parts), self._filesystem, self._at(*parts))
             except OSError as error:
-                raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be uploaded: {error}.") from None
+                raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be uploaded: {reason_of(error)}.") from None
 
     def remove(self, *parts: str) -> None:
         """Remove a file or folder of the run, wherever it lies.
@@ -77,25 +75,36 @@ class RunDirectory:
         Raises:
             StorageError: it cannot be removed.
         """
-        local = self.path(*parts)
         try:
-            if local.is_dir():
-                shutil.rmtree(local)
-            else:
-                local.unlink(missing_ok=True)
-            if self._is_remote:
-                kind = self._filesystem.get_file_info(self._at(*parts)).type
-                if kind == pyarrow.fs.FileType.Directory:
-                    self._filesystem.delete_dir(self._at(*parts))
-                elif kind == pyarrow.fs.FileType.File:
-                    self._filesystem.delete_file(self._at(*parts))
+            self._remove(*parts)
         except OSError as error:
             raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be removed: {reason_of(error)}.") from None
 
+    def _remove(self, *parts: str) -> None:
+        local, remote = self.path(*parts), self._at(*parts)
+        if local.is_dir():
+            retried(lambda: shutil.rmtree(local), local)
+        else:
+            retried(lambda: local.unlink(missing_ok=True), local)
+        if self._is_remote:
+            kind = retried(lambda: self._filesystem.get_file_info(remote), self.uri).type
+            if kind == pyarrow.fs.FileType.Directory:
+                retried(lambda: self._filesystem.delete_dir(remote), self.uri)
+            elif kind == pyarrow.fs.FileType.File:
+                retried(lambda: self._filesystem.delete_file(remote), self.uri)
+
     def names(self, *parts: str) -> list[str]:
-        """Sorted names inside a folder of the run; empty when there is no such folder."""
+        """List the sorted names inside a folder of the run; none when there is no such folder.
+
+        Raises:
+            StorageError: it cannot be listed.
+        """
         selector = pyarrow.fs.FileSelector(self._at(*parts), allow_not_found=True)
-        return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
+        try:
+            infos = retried(lambda: self._filesystem.get_file_info(selector), self.uri)
+        except OSError as error:
+            raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be listed: {reason_of(error)}.") from None
+        return sorted(info.base_name for info in infos)
 
     def write_text(self, text: str, *parts: str) -> None:
         """Write a small file atomically and publish it; credentials inside URIs are hidden."""
@@ -105,12 +114,12 @@ class RunDirectory:
     def read_text(self, *parts: str) -> str | None:
         """Text of a small published file, None where there is none."""
         try:
-            with self._filesystem.open_input_stream(self._at(*parts)) as stream:
+            with open_input_file(self._filesystem, self._at(*parts)) as stream:
                 return bytes(stream.read()).decode("utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be read: {error}.") from None
+            raise StorageError(f"{self.uri}: {'/'.join(parts)} cannot be read: {reason_of(error)}.") from None
 
     def _at(self, *parts: str) -> str:
         return "/".join([self._remote, *parts])
@@ -152,9 +161,15 @@ class History:
         """Add one row."""
         self.rows.append(row)
         path = self._run.path(self.NAME)
+        size = path.stat().st_size if path.exists() else 0
+
+        def write() -> None:
+            with path.open("ab") as file:
+                file.truncate(size)  # a try that failed may have written half a line
+                file.write(_lines([row]).encode())
+
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(_lines([row]))
+            retried(write, path)
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
 
@@ -170,35 +185,48 @@ def check_writable(path: Path) -> None:
         StorageError: it cannot.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        retried(lambda: _try_to_write(path.parent), path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, in a folder that is made if need be, so that readers see its old or its new content, whatever dies.
+def staging_folder(uri: str) -> Path:
+    """Make (or find) the local folder in which the files of a run behind a URI are written before they are uploaded.
+
+    It is the same for every process of this user on this machine, as it may hold what an interrupted process wrote, and
+    nobody else can read or replace what is in it.
+
+    Args:
+        uri: of the run.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: another user, or a link, has taken its place.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        flush_to_disk(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from None
+    own = Path(tempfile.gettempdir()) / f"oml_ray-{os.getuid()}"
+    folder = own / hashlib.sha256(redact(uri).encode()).hexdigest()
+    for each in (own, folder):
+        with suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+        status = each.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            problem = "a symbolic link or a file"
+        elif status.st_uid != os.getuid():
+            problem = f"owned by user {status.st_uid}"
+        elif stat.S_IMODE(status.st_mode) & 0o077:
+            problem = f"open to other users (mode {stat.S_IMODE(status.st_mode):04o})"
+        else:
+            continue
+        raise StorageError(
+            f"{each}, where the files of {uri} are kept before they are uploaded, is {problem}: it should be a folder "
+            "of yours alone (mode 0700): remove it, or set TMPDIR to a folder of your own."
+        )
+    return folder
 
 
-def flush_to_disk(path: Path) -> None:
-    """Have a written file survive a power loss."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

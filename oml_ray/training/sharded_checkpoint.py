@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 
 from oml_ray.errors import CheckpointError, StorageError, reason_of
 from oml_ray.learning.sharded_head import ShardedHead
-from oml_ray.training.run_directory import flush_to_disk
+from oml_ray.storage.atomic_write import save_with_umask
+from oml_ray.storage.retries import retried
 
 ROWS_PER_PART = 65_536
 NAME = re.compile(r"head_(\d{10})_(\d{10})\.safetensors")
@@ -57,8 +59,8 @@ def write_parts(head: ShardedHead, folder: Path, *, rows_per_part: int = ROWS_PE
                     dist.recv(rows, src=rank)
         names.append(f"head_{start:010d}_{stop:010d}.safetensors")
         try:
-            save_file({name: rows.cpu() for name, rows in part.items()}, folder / names[-1])
-            flush_to_disk(folder / names[-1])
+            tensors = {name: rows.cpu() for name, rows in part.items()}
+            save_with_umask(folder / names[-1], partial(save_file, tensors))
         except (OSError, RuntimeError, SafetensorError) as error:  # safetensors wraps what the disk says
             raise StorageError(f"{folder / names[-1]} cannot be written: {reason_of(error)}.") from None
     return names
@@ -99,9 +101,9 @@ def read_parts(head: ShardedHead, folder: Path) -> None:
             break
         first, last = max(start, head.start), min(stop, head.stop)
         try:
-            with safe_open(folder / name, "pt") as file:
-                rows = {key: file.get_slice(key)[first - start : last - start] for key in file.keys()}  # noqa: SIM118
-            head.load_rows(first, rows)
+            head.load_rows(
+                first, retried(partial(_read_rows, folder / name, first - start, last - start), folder / name)
+            )
         except ValueError as error:
             raise CheckpointError(f"The checkpoint {folder} is of another architecture: {name}: {error}") from None
         except (OSError, SafetensorError) as error:
@@ -112,6 +114,11 @@ def read_parts(head: ShardedHead, folder: Path) -> None:
             f"The checkpoint {folder} has no part with the label at position {reached} of {head.num_labels}: "
             "copy it again, or continue from an older one."
         )
+
+
+def _read_rows(path: Path, first: int, last: int) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_slice(key)[first:last] for key in file.keys()}  # noqa: SIM118
 
 
 def _ranges(head: ShardedHead, rows_per_part: int) -> Iterator[tuple[int, int]]:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oml_ray.errors import EmbeddingError, StorageError
-from oml_ray.retrieval import neighbors_file, whole_file
+from oml_ray.retrieval import neighbors_file
 from oml_ray.retrieval.metrics import per_query
 from oml_ray.retrieval.neighbors import Neighbors, concatenate
 from oml_ray.retrieval.neighbors_file import metrics_writer, neighbors_writer, read_neighbors
+from oml_ray.storage import atomic_write
 
 LOCAL = pa.fs.LocalFileSystem()
 
@@ -72,21 +73,22 @@ def test_metrics_come_back_with_null_for_no_ground_truth(tmp_path):
     assert list(pq.read_table(path).column_names) == list(expected)
 
 
-@pytest.mark.parametrize("object_store", [False, True])
-def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch, object_store):
-    monkeypatch.setattr(whole_file, "OBJECT_STORES", ("local",) if object_store else ())
+@pytest.mark.parametrize("place", ["local", "other", "object store"])
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch, place):
+    filesystem = LOCAL if place == "local" else pa.fs.SubTreeFileSystem("/", LOCAL)
+    monkeypatch.setattr(atomic_write, "OBJECT_STORES", ("subtree",) if place == "object store" else ())
     path = tmp_path / "neighbors.parquet"
     neighbors = some_neighbors(np.random.default_rng(0), 3, 2)
-    with pytest.raises(ZeroDivisionError), neighbors_writer(LOCAL, str(path), 2) as write:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), neighbors_writer(filesystem, str(path), 2) as write:  # noqa: PT012
         write(np.arange(3), neighbors)
         assert not path.exists()
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     for query_ids in (np.arange(3), np.arange(3) + 5):  # an older file is replaced
-        with neighbors_writer(LOCAL, str(path), 2) as write:
+        with neighbors_writer(filesystem, str(path), 2) as write:
             write(query_ids, neighbors)
     assert list(tmp_path.iterdir()) == [path]
-    assert read_neighbors(LOCAL, str(path))[0].tolist() == [5, 6, 7]
+    assert read_neighbors(filesystem, str(path))[0].tolist() == [5, 6, 7]
 
 
 def test_mistakes_are_named(tmp_path):

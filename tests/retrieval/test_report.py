@@ -279,7 +279,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
         raise OSError("disk is full")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(StorageError, match=r"report\.html: disk is full"):
+    with pytest.raises(StorageError, match=r"report\.html cannot be written: disk is full"):
         write_report(path, full())
     assert path.read_bytes() == old
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
@@ -287,7 +287,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
 
 def test_a_path_below_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write the report"):
+    with pytest.raises(StorageError, match=r"report\.html cannot be written: "):
         write_report(tmp_path / "file" / "report.html", minimal())
 
 

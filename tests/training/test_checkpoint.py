@@ -139,6 +139,8 @@ def test_a_run_behind_a_uri_is_staged_and_published(tmp_path: Path, monkeypatch:
     for module in ("run_directory", "checkpoint"):
         monkeypatch.setattr(f"oml_ray.training.{module}.resolve", lambda uri: (remote, uri.partition("://")[2]))
     monkeypatch.setattr("oml_ray.training.run_directory.tempfile.gettempdir", lambda: str(tmp_path / "staging"))
+    for folder in ("staging", "elsewhere"):
+        (tmp_path / folder).mkdir()
     run = RunDirectory("mock://bucket/runs", "a")
     checkpoints.save(run, at(1), is_best=True, keep=1)
     checkpoints.save(run, at(2), is_best=False, keep=1)

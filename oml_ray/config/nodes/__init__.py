@@ -94,6 +94,7 @@ from oml_ray.config.nodes.samplers import (
     RandomSampler,
     Sampler,
 )
+from oml_ray.config.nodes.storage import Storage
 from oml_ray.config.nodes.tracking import Mlflow, Tracker, Wandb
 from oml_ray.config.nodes.training import (
     Checkpoint,
@@ -210,6 +211,7 @@ __all__ = [
     "Stage",
     "StageGpus",
     "StepSchedule",
+    "Storage",
     "StoreSource",
     "SupCon",
     "SurrogatePrecision",

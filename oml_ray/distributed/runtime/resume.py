@@ -8,7 +8,7 @@ from typing import Any
 
 from oml_ray.config import SweepConfig, TrainConfig, differing_keys, nodes, stored, validate
 from oml_ray.config.nodes.base import Node
-from oml_ray.data.filesystem import join, resolve
+from oml_ray.data.filesystem import join, read_if_exists
 from oml_ray.errors import ConfigError, RunError
 from oml_ray.training.checkpoint import FOLDER, META
 from oml_ray.training.optimizers import keeps_state
@@ -54,13 +54,10 @@ def epochs_done(uri: str) -> float | None:
         uri: folder of the run.
     """
     try:
-        filesystem, path = resolve(join(uri, FOLDER))
-        with filesystem.open_input_stream(f"{path}/last") as stream:
-            name = stream.read(256).decode().strip()
-        with filesystem.open_input_stream(f"{path}/{name}/{META}") as stream:
-            position = json.loads(stream.read())["position"]
+        name = (read_if_exists(join(uri, FOLDER, "last")) or b"").decode().strip()
+        position = json.loads(read_if_exists(join(uri, FOLDER, name, META)) or b"")["position"]
         return int(position["epoch"]) + (0.5 if position["step"] else 0.0)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return None
 
 

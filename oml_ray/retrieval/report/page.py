@@ -16,12 +16,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from oml_ray.errors import ImageError, StorageError
+from oml_ray.errors import ImageError
 from oml_ray.redaction import redact
 from oml_ray.retrieval.approximation import ComparedSetting
 from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import plots
 from oml_ray.retrieval.report.content import Picture, Report, RerankedStage
+from oml_ray.storage.atomic_write import write_atomically
 
 MAX_BAD_IMAGES = 1000
 _IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
@@ -57,18 +58,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
         ImageError: a picture is neither JPEG nor PNG.
         StorageError: the file cannot be written.
     """
-    page = redact(render(report))
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8", newline="\n")
-        part.replace(target)
-    except OSError as error:
-        raise StorageError(f"cannot write the report {target}: {error}; give a path that you may write to") from error
-    finally:
-        if part.exists():
-            part.unlink()
+    write_atomically(Path(path), redact(render(report)).encode())
 
 
 def render(report: Report) -> str:

@@ -1,0 +1,1 @@
+"""Storage: retries of transient errors, and files that are written whole and survive a power loss."""
