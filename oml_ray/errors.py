@@ -100,7 +100,7 @@ def reason_of(error: BaseException, limit: int = 300) -> str:
         >>> reason_of(KeyError()), reason_of(ValueError("no\\nway"))
         ('KeyError', 'no')
     """
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().splitlines()  # without colours of a terminal
     # The address of an object tells nobody anything, and differs each time.
     # Credentials are hidden before the line is cut: half of a URI is not recognised.
     return redact(re.sub(r" at 0x[0-9a-f]+", "", lines[0]))[:limit] if lines else type(error).__name__

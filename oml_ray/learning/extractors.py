@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,10 @@ from oml_ray.errors import CheckpointError, ConfigError, reason_of
 from oml_ray.learning.pooling import GeM, Pooling, pooled_features, replace_pooling
 from oml_ray.learning.weights import State, fit_names
 
+logger = logging.getLogger("oml_ray")
+
 Size = int | tuple[int, int]
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of weights in the cache of the hub, as timm looks for them
 
 
 class Extractor(nn.Module):
@@ -178,6 +184,9 @@ def _timm_backbone(
             whole, bare = timm.create_model(model), timm.create_model(model, num_classes=0)
         state = fit_names(weights, [whole.state_dict(), bare.state_dict()], name=model)
         options["pretrained_cfg_overlay"] = {"state_dict": state}
+    place = _hub_of(cfg)
+    if pretrained and weights is None and not _is_cached(cfg):
+        logger.warning("downloading the weights of %s from %s to its local cache (HF_HOME)", model, place)
     try:
         backbone: Any = timm.create_model(model, **options)
         backbone.pretrained_cfg.pop("state_dict", None)  # timm keeps the overlay: a second copy of all weights
@@ -189,8 +198,9 @@ def _timm_backbone(
             raise CheckpointError(f"extractor.weights do not fit {model}: {reason}") from None
         if pretrained:
             raise ConfigError(
-                f"extractor.pretrained: the weights of {model} cannot be had from the model hub ({reason}). "
-                "Give a local file by extractor.weights instead."
+                f"extractor.pretrained: the weights of {model} cannot be downloaded from {place} ({reason}): give a "
+                "local file by extractor.weights, or download them where there is a connection, copy the cache, name "
+                "it by HF_HOME, and set HF_HUB_OFFLINE=1."
             ) from None
         height, width = sides(size)
         raise ConfigError(
@@ -199,6 +209,23 @@ def _timm_backbone(
     if len(shape) != 2:
         raise ConfigError(f"extractor.model: {model} gives features of shape {shape}, not one vector an image.")
     return backbone, shape[1]
+
+
+def _hub_of(cfg: Any) -> str:
+    """Where timm gets the weights of a network from."""
+    if cfg is None or (cfg.hf_hub_id is None and not cfg.url):
+        return "the model hub"
+    return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+
+
+def _is_cached(cfg: Any) -> bool:
+    """Whether timm finds the weights of a network on this machine."""
+    if cfg is None:
+        return False
+    if cfg.hf_hub_id:
+        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else HUB_FILES
+        return any(isinstance(huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, name), str) for name in names)
+    return bool(cfg.url) and Path(torch.hub.get_dir(), "checkpoints", Path(cfg.url).name).exists()
 
 
 def sides(size: Size) -> tuple[int, int]:

@@ -6,19 +6,31 @@ state that has those names already passes through them unchanged.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oml_ray.errors import CheckpointError, reason_of
+from oml_ray.errors import CheckpointError, OmlRayError, permission_denied, reason_of
+from oml_ray.storage.retries import retried
 
 State = dict[str, Tensor]
 
-_WRAPPERS = ("state_dict", "model")  # keys under which training scripts commonly store a network's state
+# Keys under which training scripts store a network's state, in the order in which they are looked for: of a network
+# that learns and its moving average, the first that is there; of a student and a teacher, the teacher.
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "teacher", "student"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "weights", "params"),
+)
+_MAX_WRAPPERS = 3  # inside one another
+# Layers behind the features, which other data sets and losses make of other sizes.
+_HEADS = ("fc", "head", "heads", "classifier", "projector", "criterion", "last_layer")
+_PICKLED = re.compile(r"GLOBAL (\S+)|[Uu]nsupported (?:global|class) (\S+)")
 
 
 def read_weights(path: str | Path) -> State:
@@ -26,30 +38,71 @@ def read_weights(path: str | Path) -> State:
 
     Raises:
         CheckpointError: the file is absent, damaged, needs pickled code, or holds no tensors.
+        StorageError: it may not be read. StorageUnavailableError: the storage failed at every retry.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"extractor.weights: {path} is not a file.")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = retried(lambda: _load(path), path)
+    except OmlRayError:
+        raise
+    except PermissionError:
+        raise permission_denied(path) from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal_of_pickled(path, error)) from None
     except Exception as error:  # both readers raise many kinds on damaged files
         raise CheckpointError(
             f"{path} cannot be read as weights: {reason_of(error)}. "
             "Only plain state dicts are read (safetensors, or torch.save of tensors): pickled code is refused."
         ) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    state = _unwrapped(state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict (a mapping of names to tensors).")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with path.open("rb") as file:  # of a path, torch would not tell what the disk said
+        return torch.load(file, "cpu", weights_only=True)
+
+
+def _refusal_of_pickled(path: Path, error: Exception) -> str:
+    named = _PICKLED.search(str(error))
+    what = f" (such as {(named[1] or named[2]).rstrip('.,')})" if named else ""
+    convert = (
+        "import torch, safetensors.torch as s; "
+        f"c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
+        "s.save_file({k: v.contiguous() for k, v in c['model'].items()}, 'weights.safetensors')"
+    )
+    return (
+        f"{path} cannot be read as weights: it holds pickled Python objects{what} beside its tensors, which can run "
+        "any code when they are loaded, so oml_ray never does. Only where you trust the file, load it yourself once and "
+        f"save its state dict as safetensors: python -c \"{convert}\" (with its own key in place of 'model')."
+    )
+
+
+def _unwrapped(state: Any) -> Any:
+    """State of a network inside the dictionaries that training scripts put around it."""
+    for _ in range(_MAX_WRAPPERS):
+        if not isinstance(state, dict):
+            break
+        inner = next((state[wrapper] for wrapper in _WRAPPERS if isinstance(state.get(wrapper), dict)), None)
+        if inner is None:
+            break
+        state = inner
+    return state
+
+
 def fit_names(state: State, references: Sequence[State], *, name: str) -> State:
     """Give the tensors of `state` the names that an architecture uses.
 
-    A reference fits by name, or in order: as many tensors, of the same shapes, each with the same last part of
-    its name (ports of one network to another code base often differ in nothing but the modules' names).
+    A reference fits by name, by name behind a prefix (such as `model.`, `module._orig_mod.` or `backbone.`; layers
+    behind the features may be missing or stand outside of it), or in order: as many tensors, of the same shapes, each
+    with the same last part of its name (ports of one network to another code base often differ in nothing but the
+    modules' names).
 
     Args:
         state: the tensors at hand.
@@ -62,6 +115,9 @@ def fit_names(state: State, references: Sequence[State], *, name: str) -> State:
     for reference in references:
         if state.keys() == reference.keys():
             return dict(state)
+    for reference in references:
+        if (found := _behind_a_prefix(state, reference)) is not None:
+            return found
     for reference in references:
         pairs = list(zip(reference.items(), state.items(), strict=False))
         if len(reference) == len(state) and all(
@@ -77,6 +133,21 @@ def fit_names(state: State, references: Sequence[State], *, name: str) -> State:
         f"{len(missing)} missing (first: {', '.join(missing[:3]) or 'none'}), "
         f"{len(unexpected)} unexpected (first: {', '.join(unexpected[:3]) or 'none'})."
     )
+
+
+def _behind_a_prefix(state: State, reference: State) -> State | None:
+    """Tensors of a reference's names, which all have one prefix in `state`; None where that is not so, or not clear."""
+    names, first = reference.keys(), next(iter(reference))
+    prefixes = [name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")]
+    prefixes = [prefix for prefix in prefixes if all(f"{prefix}{name}" in state for name in names)]
+    if len(prefixes) > 1:  # of a student and its teacher, as they are called by DINO
+        prefixes = [prefix for prefix in prefixes if "teacher." in prefix]
+    if len(prefixes) != 1:
+        return None
+    inner = {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+    if any(name.partition(".")[0] not in _HEADS for name in inner.keys() - names):
+        return None
+    return {name: inner[name] for name in reference}
 
 
 def from_moco(state: State) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs
@@ -23,7 +24,7 @@ def upload(source: Path, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
     targets = [f"{path}/{file.relative_to(source).as_posix()}" if file != source else path for file in files]
     folders = {target.rpartition("/")[0] for target in targets} | ({path} if source.is_dir() else set())
     for folder in sorted(folders - {""}):
-        retried(lambda folder=folder: filesystem.create_dir(folder, recursive=True), folder)
+        retried(partial(filesystem.create_dir, folder, recursive=True), folder)
     for file, target in zip(files, targets, strict=True):
         upload_file(file, filesystem, target)
 

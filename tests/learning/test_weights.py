@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from oml_ray.learning.weights import State, from_clip, from_dinov2, from_moco, from_oml, read_weights
+from oml_ray.errors import CheckpointError, StorageError
+from oml_ray.learning.extractors import timm_extractor
+from oml_ray.learning.weights import State, fit_names, from_clip, from_dinov2, from_moco, from_oml, read_weights
 
 
 def assert_equal(one: State, other: State) -> None:
@@ -104,3 +108,79 @@ def test_dinov2_is_named_as_timm_names_it(registers: int) -> None:
     assert_equal(renamed, checkpoint_filter_fn(dict(published), model))
     model.load_state_dict(renamed)
     assert_equal(from_dinov2(renamed), renamed)
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        *(["state_dict"], ["model_state_dict"], ["net"], ["teacher"], ["model"], ["state_dict_ema"], ["ema"]),
+        *(["model", "state_dict"], ["ema", "module"], []),
+    ],
+)
+def test_the_wrappers_of_training_scripts_are_known(wrappers: list[str], tmp_path: Path) -> None:
+    state = randomised({"a.weight": torch.zeros(2), "b.weight": torch.zeros(3)})
+    content: Any = state
+    for wrapper in reversed(wrappers):
+        content = {"epoch": 3, "optimizer": {"state": {}}, wrapper: content}
+    torch.save(content, tmp_path / "weights.pth")
+    assert_equal(read_weights(tmp_path / "weights.pth"), state)
+
+
+def test_of_a_student_and_its_teacher_the_teacher_is_read(tmp_path: Path) -> None:
+    student, teacher = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
+    torch.save({"student": student, "teacher": teacher}, tmp_path / "dino.pth")
+    assert_equal(read_weights(tmp_path / "dino.pth"), teacher)
+
+
+def test_pickled_objects_are_refused_with_a_safe_way(tmp_path: Path) -> None:
+    path = tmp_path / "dino.pth"
+    torch.save({"model": {"w": torch.zeros(2)}, "args": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(CheckpointError) as error:
+        read_weights(path)
+    message = str(error.value)
+    assert "\x1b" not in message
+    assert "\n" not in message
+    assert "argparse.Namespace" in message
+    assert "where you trust the file" in message
+    command = message.partition('python -c "')[2].partition('"')[0]
+    assert "save_file" in command
+    exec(command.replace("'weights.safetensors'", repr(str(tmp_path / "w.safetensors"))))
+    assert_equal(read_weights(tmp_path / "w.safetensors"), {"w": torch.zeros(2)})
+
+
+def test_weights_that_may_not_be_read_are_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "w.pth")
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match="permission denied"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module._orig_mod.", "backbone.", "student.", "_orig_mod.", ""])
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+def test_weights_with_a_prefix_and_other_classes_are_loaded(prefix: str, name: str) -> None:
+    state = randomised(timm.create_model(name, num_classes=7).state_dict())
+    published = {f"{prefix}{key}": value for key, value in state.items()} | {"criterion.proxies": torch.zeros(7, 2)}
+    backbone = timm_extractor(name, size=32, weights=published).backbone.state_dict()
+    assert len(backbone) > 10
+    for key, value in backbone.items():
+        is_comparable = value.shape == state[key].shape and value.is_floating_point()  # positions are resampled
+        assert not is_comparable or torch.equal(value, state[key]), key
+    assert any(torch.equal(value, state[key]) for key, value in backbone.items() if key.endswith("weight"))
+
+
+def test_of_two_networks_in_one_file_the_teacher_or_none_is_taken() -> None:
+    reference = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(3)}
+    one, other = randomised(reference), randomised(reference)
+
+    def both(first: str, second: str) -> State:
+        return {f"{first}{key}": value for key, value in one.items()} | {
+            f"{second}{key}": value for key, value in other.items()
+        }
+
+    assert_equal(fit_names(both("student.", "teacher."), [reference], name="x"), other)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        fit_names(both("left.", "right."), [reference], name="x")
