@@ -79,7 +79,7 @@ def _refusal_of_pickled(path: Path, error: Exception) -> str:
     )
     return (
         f"{path} cannot be read as weights: it holds pickled Python objects{what} beside its tensors, which can run "
-        "any code when they are loaded, so oml_ray never does. Only where you trust the file, load it yourself once and "
+        "any code when they are loaded, so oml_ray never does. Where you trust the file, load it yourself once and "
         f"save its state dict as safetensors: python -c \"{convert}\" (with its own key in place of 'model')."
     )
 

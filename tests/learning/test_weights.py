@@ -141,7 +141,7 @@ def test_pickled_objects_are_refused_with_a_safe_way(tmp_path: Path) -> None:
     assert "\x1b" not in message
     assert "\n" not in message
     assert "argparse.Namespace" in message
-    assert "where you trust the file" in message
+    assert "Where you trust the file" in message
     command = message.partition('python -c "')[2].partition('"')[0]
     assert "save_file" in command
     exec(command.replace("'weights.safetensors'", repr(str(tmp_path / "w.safetensors"))))
