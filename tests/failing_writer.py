@@ -74,8 +74,8 @@ def read_part(run: RunDirectory) -> int:
 
 
 def write_neighbors(run: RunDirectory, number: int) -> None:
-    distances = np.random.default_rng(0).random((50, 2), np.float32)
-    neighbors = Neighbors(np.full((50, 2), number), distances, np.full(50, 2))
+    distances = np.sort(np.random.default_rng(0).random((50, 2), np.float32), axis=1)
+    neighbors = Neighbors(np.tile([number, number + 10**6], (50, 1)), distances, np.full(50, 2))
     with neighbors_writer(*resolve(f"{run.uri}/neighbors.parquet"), 2) as write:
         for _ in range(3):
             write(np.arange(50), neighbors)

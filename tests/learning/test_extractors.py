@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -224,3 +226,31 @@ def test_the_last_layer_is_kept_on_demand() -> None:
     assert torch.equal(extractor.backbone.head.weight, state["head.weight"])
     with pytest.raises(ConfigError, match="only with its own pooling"):
         timm_extractor("test_vit", size=64, keep_head=True, pooling="gem")
+
+
+def test_a_download_is_announced_and_its_failure_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(model: str, **options: Any) -> Any:
+        assert "downloading the weights of resnet18 from https://huggingface.co/timm/" in caplog.text, "before the wait"
+        raise ConnectionError("Max retries exceeded")
+
+    monkeypatch.setattr("oml_ray.learning.extractors.timm.create_model", unreachable)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
+    with pytest.raises(ConfigError) as error:
+        timm_extractor("resnet18", size=32, pretrained=True)
+    for part in ("extractor.pretrained", "https://huggingface.co/timm/", "Max retries", "extractor.weights", "HF_HOME"):
+        assert part in str(error.value)
+
+
+def test_weights_in_the_cache_are_not_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(
+        "oml_ray.learning.extractors.timm.create_model",
+        lambda model, **options: create(model, **{**options, "pretrained": False}),
+    )
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: f"/cache/{name}")
+    timm_extractor("resnet18", size=32, pretrained=True)
+    assert caplog.text == ""
