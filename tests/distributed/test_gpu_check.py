@@ -35,15 +35,18 @@ def test_one_seam_for_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         devices.device_of(True)
 
 
-@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize(("verb", "flags"), [("train", []), ("train", ["--dry-run"]), ("sweep", ["--dry-run"])])
 def test_a_machine_without_gpus_says_so_before_it_starts(
-    flags: list[str], small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+    verb: str, flags: list[str], small_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.delenv(devices.FAKE_GPUS, raising=False)
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray is started"))
     config = train_config(small_table, tmp_path, scaling={"use_gpu": True})
+    if verb == "sweep":
+        space, tune = {"seed": {"grid": [1]}}, {"num_samples": 1}
+        config = {"base": config, "run": {"name": "sweep", "storage": str(tmp_path)}, "space": space, "tune": tune}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", str(tmp_path / "config.yaml"), *flags]) == 2
+    assert main([verb, str(tmp_path / "config.yaml"), *flags]) == 2
     error = capfd.readouterr().err
     assert error.startswith("oml-ray: scaling.use_gpu: 2 GPUs are needed, but PyTorch finds 0 on this machine (")
     assert error.count("\n") == 1
