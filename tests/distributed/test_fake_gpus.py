@@ -25,10 +25,9 @@ from oml_ray.distributed.session import session
 from oml_ray.distributed.shard import Part
 from oml_ray.retrieval.user_embeddings import UserEmbeddings
 
-pytestmark = [pytest.mark.usefixtures("four_gpus"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.usefixtures("four_gpus"), pytest.mark.timeout(240)]
 
 GPUS = {"use_gpu": True}
-ONE_WORKER = {"use_gpu": True, "num_workers": 1}
 EXTRACTOR = {"name": "timm", "model": "test_vit"}
 ONE_EPOCH = {"epochs": 1, "precision": "fp64"}
 METRICS = {"cmc": [1, 2], "precision": [2], "map": [2], "bootstrap": {"samples": 20}}
@@ -148,12 +147,6 @@ def test_images_that_are_embedded_for_an_evaluation_and_for_a_search(small_table
 
 
 @pytest.mark.slow
-def test_a_training_of_two_workers(small_table: Path, tmp_path: Path) -> None:
-    config = train_config(small_table, tmp_path, scaling=GPUS, training=ONE_EPOCH)
-    assert metrics(run("train", tmp_path, config))["counts"]["queries"] == 12
-
-
-@pytest.mark.slow
 def test_asynchronous_validation_beside_an_elastic_training(small_table: Path, tmp_path: Path) -> None:
     """As many workers as there is room for leave the GPU that validation embeds and searches on."""
     config = train_config(
@@ -170,8 +163,8 @@ def test_asynchronous_validation_beside_an_elastic_training(small_table: Path, t
 
 
 @pytest.mark.slow
-def test_a_postprocessor(small_table: Path, store: Path, tmp_path: Path) -> None:
-    config = train_config(small_table, tmp_path, scaling=ONE_WORKER, evaluation={"metrics": METRICS, "depth": 6})
+def test_a_postprocessor_of_two_workers(small_table: Path, store: Path, tmp_path: Path) -> None:
+    config = train_config(small_table, tmp_path, scaling=GPUS, evaluation={"metrics": METRICS, "depth": 6})
     config["training"] = ONE_EPOCH
     del config["extractor"]
     config |= {
@@ -186,10 +179,9 @@ def test_a_postprocessor(small_table: Path, store: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_sweep(small_table: Path, tmp_path: Path) -> None:
-    """Two trials side by side, each with a GPU for its worker and one for its validations."""
-    async_at_end = {"mode": "async", "at_start": False}
-    base = train_config(small_table, tmp_path, scaling=ONE_WORKER, training=ONE_EPOCH, validation=async_at_end)
-    base["evaluation"]["gallery"] = {"shards": 1}
+    """Two trials side by side, each with a GPU for its worker; the best is evaluated on GPUs."""
+    base = train_config(small_table, tmp_path, training=ONE_EPOCH, validation={"at_start": False})
+    base["scaling"] = {"use_gpu": True, "num_workers": 1}
     config = {"base": base, "space": {"criterion.margin": {"grid": [0.1, 0.2]}}, "tune": {"num_samples": 1}}
     found = json.loads((run("sweep", tmp_path, config) / "results.json").read_text())
     assert found["counts"] == {"finished": 2, "stopped": 0, "failed": 0}
