@@ -8,13 +8,18 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from oml_ray import __version__
 from oml_ray.distributed.imports import uncollected
 from oml_ray.distributed.runtime.driver_log import driver_log
 from oml_ray.errors import OmlRayError, OutOfMemoryError, ProcessDiedError
 from oml_ray.redaction import redact
+
+if TYPE_CHECKING:
+    from oml_ray.config import AnyConfig, EmbedConfig, EvaluateConfig, SearchConfig, TrainConfig
+
+Schema = TypeVar("Schema", bound="TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig")
 
 UNEXPECTED = 1
 USER_ERROR = 2
@@ -169,10 +174,26 @@ def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
 # Floors are imported where a verb needs them: `oml-ray --help` should not wait for torch and ray.
 
 
-def _train(parsed: argparse.Namespace) -> None:
-    from oml_ray.config import TrainConfig, load
+def _loaded(schema: type[Schema], parsed: argparse.Namespace) -> Schema:
+    """Load the config of a verb, and warn once of given keys that the verb does not use."""
+    from oml_ray.config import load
 
-    config = load(TrainConfig, parsed.config, parsed.overrides)
+    config = load(schema, parsed.config, parsed.overrides)
+    _warn_of_unused(config, parsed)
+    return config
+
+
+def _warn_of_unused(config: AnyConfig, parsed: argparse.Namespace) -> None:
+    from oml_ray.config import unused_keys
+
+    if unused := unused_keys(config):
+        print(f"# warning: {parsed.config}: keys that this verb does not use: {', '.join(unused)}", flush=True)
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from oml_ray.config import TrainConfig
+
+    config = _loaded(TrainConfig, parsed)
     with uncollected():
         from oml_ray.distributed import trainer
 
@@ -183,9 +204,9 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _embed(parsed: argparse.Namespace) -> None:
-    from oml_ray.config import EmbedConfig, load
+    from oml_ray.config import EmbedConfig
 
-    config = load(EmbedConfig, parsed.config, parsed.overrides)
+    config = _loaded(EmbedConfig, parsed)
     with uncollected():
         from oml_ray.distributed import embed
 
@@ -196,9 +217,9 @@ def _embed(parsed: argparse.Namespace) -> None:
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
-    from oml_ray.config import EvaluateConfig, load
+    from oml_ray.config import EvaluateConfig
 
-    config = load(EvaluateConfig, parsed.config, parsed.overrides)
+    config = _loaded(EvaluateConfig, parsed)
     with uncollected():
         from oml_ray.distributed import evaluate
 
@@ -212,6 +233,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
     from oml_ray.config import load_sweep
 
     config = load_sweep(parsed.config, parsed.overrides)
+    _warn_of_unused(config, parsed)
     with uncollected():
         from oml_ray.distributed import sweep
 
@@ -222,9 +244,9 @@ def _sweep(parsed: argparse.Namespace) -> None:
 
 
 def _search(parsed: argparse.Namespace) -> None:
-    from oml_ray.config import SearchConfig, load
+    from oml_ray.config import SearchConfig
 
-    config = load(SearchConfig, parsed.config, parsed.overrides)
+    config = _loaded(SearchConfig, parsed)
     with uncollected():
         from oml_ray.distributed import find
 
@@ -235,23 +257,23 @@ def _search(parsed: argparse.Namespace) -> None:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    from oml_ray.config import EmbedConfig, TrainConfig, apply_overrides, read_yaml, validate
+    from oml_ray.config import EmbedConfig, SweepConfig, load_any
     from oml_ray.storage import retries
 
-    tree = apply_overrides(read_yaml(parsed.config), parsed.overrides)
-    schema: type[EmbedConfig | TrainConfig] = EmbedConfig if "source" in tree else TrainConfig
-    config = validate(schema, tree, parsed.config)
-    retries.configure(config.storage.retries, config.storage.first_wait_s)
+    config = load_any(parsed.config, parsed.overrides)
+    if not isinstance(config, EmbedConfig):  # which may be the config of an evaluation too
+        _warn_of_unused(config, parsed)
+    storage = config.training.storage if isinstance(config, SweepConfig) else config.storage
+    retries.configure(storage.retries, storage.first_wait_s)
     if parsed.images or parsed.store is not None or parsed.page is not None:
         with uncollected():
             from oml_ray.distributed import doctor
 
         doctor.check(config, images=parsed.images, store=parsed.store, page=parsed.page)
         return
-    from oml_ray import build
-    from oml_ray.data.audit import audit
+    from oml_ray.distributed.audit import audit_of
 
-    print(redact(audit(build.table(config.data, config.run.storage))))
+    print(redact(audit_of(config)))
 
 
 def _figures(parsed: argparse.Namespace) -> None:

@@ -44,15 +44,21 @@ SAMPLERS: dict[str, Callable[[Any, Table], samplers.Sampler]] = {
 }
 
 
-def table(data: nodes.Data, storage: str) -> Table:
-    """Read the table, generating the figures under `storage` if they are asked for, and look for its files.
+def table(data: nodes.Data, storage: str, *, check_files: bool = True) -> Table:
+    """Read the table, generating the figures under `storage` if they are asked for.
+
+    Args:
+        data: names the table.
+        storage: where the figures are generated.
+        check_files: whether every image file must be there; False where the images are embedded already.
 
     Raises:
         TableError: everything that is wrong with it.
     """
     source = figures_table(storage) if data.table == FIGURES else data.table
     found = read_table(source, data.root)
-    check_files_exist(found)
+    if check_files:
+        check_files_exist(found)
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from oml_ray import build
-from oml_ray.config import EmbedConfig, TrainConfig, dump
+from oml_ray.config import AnyConfig, EmbedConfig, EvaluateConfig, SearchConfig, SweepConfig, TrainConfig, dump
 from oml_ray.data.audit import audit
 from oml_ray.data.columns import Mask
 from oml_ray.data.doctor import Diagnosis, decoding_notes, diagnose, examine, label_overlap, told
@@ -53,7 +53,7 @@ class Embedded:
     wrong: Suspects
 
 
-def check(config: TrainConfig | EmbedConfig, *, images: bool, store: str | None, page: str | None) -> None:
+def check(config: AnyConfig, *, images: bool, store: str | None, page: str | None) -> None:
     """Audit the table of a config; what is found is told, and is no error.
 
     Args:
@@ -65,6 +65,10 @@ def check(config: TrainConfig | EmbedConfig, *, images: bool, store: str | None,
     Raises:
         OmlRayError: the table, the store or the path cannot be used.
     """
+    if isinstance(config, SweepConfig):
+        config = config.training
+    if isinstance(config, SearchConfig) or config.data is None:
+        raise ConfigError("--images, --store and --page need a table with labels: this config has no data.table.")
     if page is not None and not images and store is None:
         raise ConfigError("--page: there are no pictures to show without --images or --store: give one of them.")
     target = None if page is None else _target(page)
@@ -154,7 +158,10 @@ def _told(embedded: Embedded) -> str:
 
 
 def _page(
-    config: TrainConfig | EmbedConfig, reader: ImageReader, diagnosis: Diagnosis | None, embedded: Embedded | None
+    config: TrainConfig | EmbedConfig | EvaluateConfig,
+    reader: ImageReader,
+    diagnosis: Diagnosis | None,
+    embedded: Embedded | None,
 ) -> DoctorPage:
     table, findings, notes = reader.table, [], list[str]()
     if diagnosis is None:

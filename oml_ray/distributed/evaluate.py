@@ -14,7 +14,7 @@ from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig, dump, nodes
 from oml_ray.data.filesystem import resolve
 from oml_ray.data.ground_truth import check_ground_truth
-from oml_ray.data.table import Table
+from oml_ray.data.table import Table, check_files_exist
 from oml_ray.distributed import embed, gallery, reranking, runs, sources
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.reporting import (
@@ -114,24 +114,25 @@ def _prepare(config: EvaluateConfig) -> tuple[EvaluateConfig, embed.Images | Non
         check(images.table)
         check_dimension(config, images.extractor.embedding_dim)
         return config, images, None
-    table = None if config.data is None else build.table(config.data, config.run.storage)
-    if isinstance(config.source, nodes.StoreSource):
-        embedded = sources.from_store(config.source.store, table)
-    else:
-        embedded = sources.from_files(config.source.embeddings, table, config.data)
+    embedded = sources.embedded_source(config)
     check(embedded.table)
-    check_dimension(config, embedded.embeddings.dimension)
+    if check_dimension(config, embedded.embeddings.dimension):
+        check_files_exist(embedded.table, np.union1d(embedded.queries(), embedded.gallery().ids))
     return config, None, embedded
 
 
-def check_dimension(config: TrainConfig | EvaluateConfig, dimension: int) -> None:
+def check_dimension(config: TrainConfig | EvaluateConfig, dimension: int) -> bool:
     """Check what an evaluation does with embeddings of a dimension, before there are any.
+
+    Returns:
+        Whether a re-ranker reads images.
 
     Raises:
         OmlRayError: what does not fit.
     """
-    gallery.check(config.evaluation.gallery, dimension)
-    reranking.check(config, dimension)
+    for node in (config.evaluation.gallery, *config.evaluation.compare):
+        gallery.check(node, dimension)
+    return reranking.check(config, dimension)
 
 
 def measure(
@@ -257,13 +258,11 @@ def _compare(
     """Judge other ways of searching against exact search."""
     if not evaluation.compare:
         return ()
-    # What is counted over all pairs is exact whatever finds the neighbors.
+    # What is counted over all pairs is exact whatever finds the neighbors, and re-ranking is not compared.
     listed_only = evaluation.only_listed
     exact = found
     if not isinstance(evaluation.gallery, nodes.ExactGallery):
-        shards = evaluation.gallery
-        node = nodes.ExactGallery(shards=shards.shards, cpus_per_shard=shards.cpus_per_shard, distance=shards.distance)
-        exact = search(embedded, evaluation, node, scaling)
+        exact = search(embedded, listed_only, gallery.exactly(evaluation.gallery), scaling)
     k = max(evaluation.metrics.largest_rank, evaluation.pictures.neighbors)
     settings = []
     for setting in evaluation.compare:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from oml_ray import build
 from oml_ray.config import EvaluateConfig, TrainConfig
-from oml_ray.data.filesystem import join
+from oml_ray.data.filesystem import join, resolve
 from oml_ray.data.images import ImageReader
 from oml_ray.data.samplers import Ids
+from oml_ray.data.table import Table, check_files_exist
 from oml_ray.distributed import runs
 from oml_ray.distributed.progress import say
 from oml_ray.distributed.search import Embedded, Found, relevance
-from oml_ray.errors import EmbeddingError, ImageError
+from oml_ray.errors import ImageError, StorageError, TableError
 from oml_ray.retrieval.metrics import ALL
 from oml_ray.retrieval.report import Picture, QueryRow, RerankedStage
 from oml_ray.training.run_directory import RunDirectory
@@ -47,47 +51,103 @@ def random_queries(found: Found) -> Ids:
 def query_rows(
     found: Found, embedded: Embedded, config: TrainConfig | EvaluateConfig, positions: Ids
 ) -> list[QueryRow]:
-    """Pictures of the first of `positions`: queries, their neighbors, and what they missed; none without images."""
+    """Pictures of the first of `positions`: queries, their neighbors, and what they missed.
+
+    There are none where no table names the images; an image that cannot be read is shown as its reason.
+    """
     if not embedded.has_images or config.data is None:
         return []
-    table = embedded.table
-    reader = build.image_reader(config.data, table)
-    pictures, labels = config.evaluation.pictures, table.labels
-    relevant = relevance(found.neighbors, found.queries, labels)
-    rows = []
-    for position in positions[: pictures.queries].tolist():
-        query = int(found.queries[position])
-        count = min(int(found.neighbors.counts[position]), pictures.neighbors)
-        neighbors = [
-            _picture(reader, int(found.neighbors.ids[position, rank]), float(found.neighbors.distances[position, rank]),
-                     bool(relevant[position, rank]))
-            for rank in range(count)
-        ]  # fmt: skip
-        same = table.is_gallery & (labels == labels[query])
-        same[query] = False
-        if table.sequences[query] >= 0:
-            same &= table.sequences != table.sequences[query]
-        missed = np.setdiff1d(np.flatnonzero(same), [*found.neighbors.ids[position, :count], *found.bad])
-        values = {f"{family}.{k}": float(values[position]) for family, ranks in found.values.items()
-                  for k, values in ranks.items()}  # fmt: skip
-        missed_pictures = [_picture(reader, int(row)) for row in missed[:MISSED_SHOWN]]
-        rows.append(QueryRow(_picture(reader, query), neighbors, missed_pictures, values))
-    return rows
+    pictures = config.evaluation.pictures
+    shown = [
+        _shown(found, embedded, position, pictures.neighbors) for position in positions[: pictures.queries].tolist()
+    ]
+    reader = build.image_reader(config.data, embedded.table)
+    rows = [row for query in shown for row in (query.row, *query.neighbors, *query.missed)]
+    problems = _problems(embedded.table, np.unique(np.array(rows, np.int64)))
+    relevant = relevance(found.neighbors, found.queries, embedded.table.labels)
+
+    def picture(row: int, distance: float | None = None, is_relevant: bool | None = None) -> Picture:
+        return _picture(reader, row, problems.get(row), distance, is_relevant)
+
+    return [
+        QueryRow(
+            picture(query.row),
+            [
+                picture(
+                    row, float(found.neighbors.distances[query.position, rank]), bool(relevant[query.position, rank])
+                )
+                for rank, row in enumerate(query.neighbors)
+            ],
+            [picture(row) for row in query.missed],
+            {
+                f"{family}.{k}": float(values[query.position])
+                for family, ranks in found.values.items()
+                for k, values in ranks.items()
+            },
+        )
+        for query in shown
+    ]
 
 
-def _picture(reader: ImageReader, row: int, distance: float | None = None, relevant: bool | None = None) -> Picture:
-    table = reader.table
-    buffer = io.BytesIO()
+@dataclass(frozen=True)
+class _Shown:
+    """A query of the report by its position, and the row ids of what is shown of it."""
+
+    position: int
+    row: int
+    neighbors: list[int]
+    missed: list[int]
+
+
+def _shown(found: Found, embedded: Embedded, position: int, num_neighbors: int) -> _Shown:
+    table, query = embedded.table, int(found.queries[position])
+    count = min(int(found.neighbors.counts[position]), num_neighbors)
+    neighbors = found.neighbors.ids[position, :count].tolist()
+    same = table.is_gallery & (table.labels == table.labels[query])
+    same[query] = False
+    if table.sequences[query] >= 0:
+        same &= table.sequences != table.sequences[query]
+    missed = np.setdiff1d(np.flatnonzero(same), [*neighbors, *found.bad])
+    return _Shown(position, query, neighbors, missed[:MISSED_SHOWN].tolist())
+
+
+def _problems(table: Table, rows: Ids) -> dict[int, str]:
+    """Why some rows' local images must not be read: no file, or one that symbolic links put there from elsewhere.
+
+    Where embeddings are evaluated nothing has looked at the files before.
+    """
+    local = rows[[isinstance(resolve(table.uri(row))[0], LocalFileSystem) for row in rows.tolist()]]
+    if _are_files(table, local):
+        return {}
+    return {row: "not found under data.root" for row in local.tolist() if not _are_files(table, np.array([row]))}
+
+
+def _are_files(table: Table, rows: Ids) -> bool:
     try:
-        image = reader.read(row)
-    except ImageError as error:
-        # It could be read when it was embedded: the place has lost it since.
-        raise EmbeddingError(f"A picture for the report is gone: {error}") from None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(buffer, "JPEG", quality=85)
+        check_files_exist(table, rows)
+    except (TableError, StorageError):
+        return False
+    return True
+
+
+def _picture(
+    reader: ImageReader, row: int, problem: str | None, distance: float | None, relevant: bool | None
+) -> Picture:
+    table, image = reader.table, None
+    try:
+        image = None if problem else _thumbnail(reader.read(row))
+    except (ImageError, StorageError) as error:
+        problem = str(error)
     category = int(table.categories[row])
     where = f", {table.category_names[category]}" if category >= 0 else ""
-    return Picture(buffer.getvalue(), f"row {row}, label {table.label_text(row)}{where}", distance, relevant)
+    return Picture(image, f"row {row}, label {table.label_text(row)}{where}", distance, relevant, problem or "")
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 def baseline(history: list[dict[str, Any]]) -> dict[str, Any] | None:

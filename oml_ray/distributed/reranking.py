@@ -87,18 +87,22 @@ def reranked(
     return stages
 
 
-def check(config: TrainConfig | EvaluateConfig, dim: int) -> None:
+def check(config: TrainConfig | EvaluateConfig, dim: int) -> bool:
     """Check what re-rankers read, before anything starts.
 
     Args:
         config: the re-rankers.
         dim: of the embeddings.
 
+    Returns:
+        Whether one of them reads images.
+
     Raises:
         CheckpointError: a checkpoint that judges no pairs.
         ConfigError: one that judges images, where no table says where they are, or embeddings of another dimension, or
             more neighbors than are searched.
     """
+    reads_images = False
     for node in config.evaluation.rerank:
         if isinstance(node, nodes.Pairwise):
             model, trained = build.trained_pair_model(node.checkpoint)
@@ -120,6 +124,8 @@ def check(config: TrainConfig | EvaluateConfig, dim: int) -> None:
                     f"evaluation.rerank: {node.checkpoint} judges pairs of images, but no table says where they are: "
                     "set data.table to the one that was embedded."
                 )
+            reads_images |= model.inputs == "images"
+    return reads_images
 
 
 def node_name(node: nodes.Node, head: str, exclude: frozenset[str] = frozenset({"name"})) -> str:

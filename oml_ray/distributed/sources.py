@@ -18,6 +18,20 @@ from oml_ray.retrieval.user_embeddings import UserEmbeddings
 from oml_ray.training.run_directory import RunDirectory
 
 
+def embedded_source(config: EvaluateConfig) -> Embedded:
+    """Open the store or the files that an evaluation reads its embeddings from, and the table beside them.
+
+    Raises:
+        OmlRayError: they do not fit together, or what is wrong with either.
+    """
+    # Embeddings are there: no image has to be.
+    table = None if config.data is None else build.table(config.data, config.run.storage, check_files=False)
+    if isinstance(config.source, nodes.StoreSource):
+        return from_store(config.source.store, table)
+    assert isinstance(config.source, nodes.EmbeddingsSource)
+    return from_files(config.source.embeddings, table, config.data)
+
+
 def from_store(uri: str, table: Table | None) -> Embedded:
     """What a whole store holds; with a table, which must be the one it was made from, images can be shown.
 

@@ -16,16 +16,18 @@ class Picture:
     """An image of the report.
 
     Attributes:
-        image: the bytes of a JPEG or PNG file.
+        image: the bytes of a JPEG or PNG file; None where it cannot be shown.
         title: what stands under it, such as its label and path.
         distance: of a neighbor or a missed instance, the distance to the query.
         relevant: of a neighbor, whether it is relevant to the query.
+        problem: why there is no image.
     """
 
-    image: bytes
+    image: bytes | None
     title: str
     distance: float | None = None
     relevant: bool | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def resource(name: str) -> str:
 
 
 def _data_uri(picture: Picture) -> str:
+    assert picture.image is not None
     for magic, kind in _IMAGE_TYPES.items():
         if picture.image.startswith(magic):
             return f"data:{kind};base64,{base64.b64encode(picture.image).decode()}"
