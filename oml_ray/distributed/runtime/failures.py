@@ -21,8 +21,10 @@ from ray.exceptions import OutOfMemoryError as KilledForMemoryError
 from oml_ray.distributed.runtime.driver_log import ray_logs
 from oml_ray.errors import OmlRayError, OutOfMemoryError, ProcessDiedError, reason_of
 
-# Times that one piece of work is tried before the process that dies at it ends the run.
+# Times that a task is tried before the process that dies at it ends the run.
 TRIES = 3
+# Restarts of an actor where any number is allowed: nothing is tried without end.
+MAX_RESTARTS = 100
 
 MEMORY_KEYS = (
     "lower the batch of the sampler, training.micro_batch, evaluation.embed.batch_size and rows_per_part, "
@@ -46,12 +48,15 @@ def retries(max_failures: int) -> int:
 
 
 def actor_options(max_failures: int) -> dict[str, Any]:
-    """Return the options of a Ray actor that bound its restarts, and the tries of each call.
+    """Return the options of a Ray actor that bound its restarts, and with them the deaths at one piece of work.
+
+    Its calls are not counted themselves: Ray spends tries of theirs while a lost node is merely unavailable.
 
     Args:
-        max_failures: `scaling.max_failures`; -1: any number of restarts.
+        max_failures: `scaling.max_failures`; -1: `MAX_RESTARTS`.
     """
-    return {"max_restarts": max_failures, "max_task_retries": retries(max_failures)}
+    max_restarts = MAX_RESTARTS if max_failures < 0 else max_failures
+    return {"max_restarts": max_restarts, "max_task_retries": -1 if max_restarts else 0}
 
 
 def user_error(error: BaseException | None) -> OmlRayError | None:
@@ -110,7 +115,7 @@ def translated(error: BaseException | None, work: str | None = None) -> OmlRayEr
     for cause in every:
         if isinstance(cause, DEATHS) and not getattr(cause, "actor_init_failed", False):
             return ProcessDiedError(
-                f"{prefix}a process died each time (work is tried {TRIES} times, a process is started again "
+                f"{prefix}a process died each time (a task is tried {TRIES} times, an actor is started again "
                 f"scaling.max_failures times): {_death_reason(cause)} Ray's logs tell more, on the machine of the "
                 f"process ({ray_logs()}). If it ran out of memory, {MEMORY_KEYS}."
             )
