@@ -23,6 +23,7 @@ struct State {
     std::atomic<int64_t> left;     // bytes, or calls, that pass before
     std::atomic<int64_t> refusals; // calls that are then refused
     std::atomic<int64_t> refused;  // calls that were
+    std::atomic<int64_t> period;   // 0, or of every so many calls the last is refused
 };
 
 State *state = nullptr;
@@ -64,6 +65,8 @@ ssize_t allowed(ssize_t size) {
         int64_t needed = size ? size : 1, left = state->left.fetch_sub(needed);
         if (left >= needed) return size;
         if (left > 0) return size ? left : 0; // what still fits, as of a disk that becomes full
+    } else if (int64_t period = state->period.load()) {
+        if (state->left.fetch_sub(1) % period != 1 - period) return size;
     } else {
         if (state->left.fetch_sub(1) > 0) return size;
         if (state->refusals.fetch_sub(1) <= 0) return size;

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("failing_storage.cpp")
-STATE = struct.Struct("5q")  # as in the source: error, is_full, left, refusals, refused
+STATE = struct.Struct("6q")  # as in the source: error, is_full, left, refusals, refused, period
 
 
 def build(folder: Path) -> Path:
@@ -45,6 +45,10 @@ class FailingStorage:
         """Let so many calls pass (to write, rename, make a folder), then fail some times, then work again."""
         self._set(errno.EIO, False, calls, times)
 
+    def fail_every(self, period: int) -> None:
+        """Fail at every `period`-th call, for good."""
+        self._set(errno.EIO, False, 0, 0, period)
+
     def mend(self) -> None:
         """Refuse nothing any more."""
         self._set(0, False, 0, 0)
@@ -54,6 +58,6 @@ class FailingStorage:
         """How many calls were refused since it was last told what to do."""
         return int(STATE.unpack(self._state)[4])
 
-    def _set(self, error: int, is_full: bool, left: int, refusals: int) -> None:
+    def _set(self, error: int, is_full: bool, left: int, refusals: int, period: int = 0) -> None:
         for each in (0, error):  # nothing is refused before all is set
-            self._state[:] = STATE.pack(each, is_full, left, refusals, 0)
+            self._state[:] = STATE.pack(each, is_full, left, refusals, 0, period)

@@ -71,3 +71,10 @@ def test_storage_that_fails_twice_works_before_and_after(storage: FailingStorage
     assert [end.returncode for end in ends] == [0, 1, 1, 0]
     assert "Input/output error" in ends[1].stderr
     assert storage.refused == 2
+
+
+def test_storage_that_fails_now_and_then_works_in_between(storage: FailingStorage, tmp_path: Path) -> None:
+    storage.fail_every(3)
+    ends = [write("os", storage, tmp_path / "run") for _ in range(7)]
+    assert [end.returncode for end in ends] == [0, 0, 1, 0, 0, 1, 0]
+    assert storage.refused == 2
