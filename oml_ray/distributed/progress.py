@@ -119,13 +119,14 @@ class TrainingProgress:
         self._bar, self._metric, self._has_warned = bar, metric, False
         self._interval = Interval(is_terminal=not bar.disable)
         self._task = bar.add_task("starting workers", total=None, rate="")
-        self._step: int | None = None
+        self._step = -1  # of the last line
 
     def show(self, current: dict[str, Any] | None, finished: Iterable[dict[str, Any]]) -> None:
         """Show the present state, and rows that have not been shown yet."""
         for row in finished:
             say(_line(row, self._metric))
             self._warn(row)
+            self._step = row.get("step", self._step)
         if not current:
             return
         rate = f"{current['images_per_s']:.0f} images/s" if current["images_per_s"] else ""
@@ -133,7 +134,8 @@ class TrainingProgress:
         self._bar.update(
             self._task, completed=current["step"], total=current["steps"], description=f"{epoch}  {loss}", rate=rate
         )
-        if current["step"] != self._step and self._interval.is_due():
+        # States are sent now and then: the last one may be older than the last row.
+        if current["step"] > self._step and self._interval.is_due():
             self._step = current["step"]
             left = f"{_time(current['left_s'])} left" if rate else ""
             facts = [f"{epoch}, step {self._step}/{current['steps']}: {loss}", rate, left]

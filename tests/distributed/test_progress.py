@@ -75,6 +75,19 @@ def test_nothing_is_told_before_the_first_step(clock: list[float], capsys: pytes
     assert capsys.readouterr().out.startswith("epoch 1/2, step 1/40: ")
 
 
+def test_a_state_older_than_the_last_row_is_not_told(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = progress.TrainingProgress(bar(is_terminal=False), "cmc.1")
+    epoch = {"kind": "train", "epoch": 0, "step": 20, "loss": 0.5, "images_per_s": 10.0, "seconds": 2.0}
+    clock[0] = 100.0
+    shown.show(state(1), [epoch])
+    assert capsys.readouterr().out == "epoch 1: loss 0.5000, 10 images/s, 2.0 s\n"
+    clock[0] = 200.0
+    shown.show(state(20), [])
+    assert capsys.readouterr().out == ""
+    shown.show(state(21), [])
+    assert capsys.readouterr().out.startswith("epoch 1/2, step 21/40: ")
+
+
 def validation_row(epoch: int, **scores: float) -> dict[str, Any]:
     return {"kind": "validation", "epoch": epoch, "step": 4, "cmc.1": 0.5, **scores}
 
