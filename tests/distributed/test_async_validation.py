@@ -40,8 +40,10 @@ def test_the_same_rows_and_best_as_inline(small_table: Path, tmp_path: Path, cap
     assert capfd.readouterr().out.count("epoch 3: cmc.1 ") == 2
     for one, other in zip(validations(runs["async"]), validations(runs["inline"]), strict=True):
         assert {key: one[key] for key in ("epoch", "step")} == {key: other[key] for key in ("epoch", "step")}
-        for name in (name for name in other if "." in name or name == "spread"):
+        for name in (name for name in other if "." in name):
             assert one[name] == pytest.approx(other[name], abs=1e-9)
+        # The actors embed in float32, the training in float64.
+        assert one["spread"] == pytest.approx(other["spread"], abs=1e-6)
     best = {mode: (run / "checkpoints" / "best").read_text() for mode, run in runs.items()}
     assert best["async"] == best["inline"]
     assert not (runs["async"] / "validations").exists()
