@@ -43,10 +43,12 @@ TRAIN = f"jobs/train.py configs/train/figures_smoke.yaml --set {SMALL}"
 # All that a job may write: no bars, no colours, nothing of Ray.
 TRAINING = (
     r"before training: cmc\.1 [\d.]+|epoch \d+: (loss [\d.]+, \d+ images/s, [\d.]+ s|cmc\.1 [\d.]+)|"
-    r"training on \d+ workers?, from step \d+"
+    r"training on \d+ workers?, from step \d+|"
+    r"(table|plan|run): .*|"
+    r"epoch \d+/\d+, step \d+/\d+: loss [\d.]+(, \d+ images/s, .* left)?"
 )
 RESULTS = r"\d+ queries, \d+ gallery items|  \S+ +[\d.]+  \[[\d.]+, [\d.]+\](  before training [\d.]+)?"
-WAITING = r"waiting for CPUs: .*"
+WAITING = r"waiting for CPUs: .*|(embedding|searching|ranking): \d+/\d+ .*"
 
 
 class Head:
@@ -248,7 +250,7 @@ def test_a_stopped_training_goes_on_where_it_was(
     assert rows == collections.Counter(epochs | {("validation", -1)})
     done = max(row["epoch"] for row in between if row["kind"] == "train") + 1
     # Of the epochs that the history had, the last one's checkpoint may not have been written yet.
-    (start,) = re.findall(r"epoch (\d+): loss", next(line for line in second if "loss" in line))
+    start = next(filter(None, (re.match(r"epoch (\d+): loss", line) for line in second))).group(1)
     assert 2 <= done <= int(start)
 
     metrics = json.loads((storage / "figures_smoke" / "metrics.json").read_text())
@@ -261,13 +263,13 @@ def test_a_stopped_training_goes_on_where_it_was(
 @pytest.mark.usefixtures("trained")
 def test_jobs_from_a_checkpoint(head: Head, storage: Path) -> None:
     """Evaluate, embed and search at one time; and a sweep whose base came along, but whose storage is relative."""
-    run, given = storage / "figures_smoke", f"--set run.storage={storage} evaluation.gallery.shards=1"
-    source = f"source.checkpoint={run}/checkpoints/best"
+    run, given = storage / "figures_smoke", f"--set run.storage={storage}"
+    source, shards = f"source.checkpoint={run}/checkpoints/best", "evaluation.gallery.shards=1"
     queries = f"queries={storage}/_figures/images gallery={run} gallery_root={storage}/_figures"
     jobs = [
-        head.submit(f"jobs/evaluate.py configs/evaluate/figures.yaml {given} {source}"),
+        head.submit(f"jobs/evaluate.py configs/evaluate/figures.yaml {given} {source} {shards}"),
         head.submit(f"jobs/embed.py configs/embed/figures.yaml {given} {source}"),
-        head.submit(f"jobs/search.py configs/search/figures.yaml {given} {source} {queries}"),
+        head.submit(f"jobs/search.py configs/search/figures.yaml {given} {source} {shards} {queries}"),
         head.submit("jobs/sweep.py configs/sweep/margins_smoke.yaml --set base.extractor.weights=w.pth"),
     ]
     ends = head.end_of(*jobs)
