@@ -171,7 +171,7 @@ class GalleryPool:
         """Compute the distance of each query to the farthest instance of the gallery; yields blocks in order."""
 
         def ask(block: Block, embeddings: Any) -> list[Any]:
-            return self._ask_all("farthest", embeddings, block.ids)
+            return self._ask_all(f"searching the farthest of {block.name}", "farthest", embeddings, block.ids)
 
         for block, answers in self._each(blocks, ask):
             yield block, np.max(answers, axis=0)

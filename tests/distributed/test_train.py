@@ -47,7 +47,7 @@ def unbroken(small_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_everything_of_a_run_lies_in_its_folder(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir()} - {"logs"}  # there where native libraries wrote something
     assert names == {
-        "config.yaml", "checkpoints", "history.jsonl", "logs", "metrics.json", "report.html", "embeddings",
+        "config.yaml", "checkpoints", "history.jsonl", "metrics.json", "report.html", "embeddings",
         "tensorboard",
     }  # fmt: skip
     metrics = json.loads((unbroken / "metrics.json").read_text())
