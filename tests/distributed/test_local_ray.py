@@ -224,6 +224,7 @@ def test_a_long_tmpdir_no_home_and_a_package_of_the_same_name_at_once(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_twenty_starts_at_the_same_time() -> None:
     """Each is a Ray of its own: its driver has the first job there. None meets another's port, or gives up."""
