@@ -55,7 +55,7 @@ def train(table: Path, folder: Path) -> dict[str, Any]:
 def train_async(table: Path, folder: Path) -> dict[str, Any]:
     """The same, whose checkpoints are validated beside the training."""
     config = train(table, folder)
-    config["validation"] = {"every": 4, "mode": "async", "timeout_s": 60}
+    config["validation"] = {"every": 4, "mode": "async", "timeout_s": 120}
     return config
 
 
