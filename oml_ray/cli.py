@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_reader_gone(stream: TextIO) -> bool:
-    """Whether a stream is a pipe from which nobody reads any more."""
+    """Return whether a stream is a pipe from which nobody reads any more."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)

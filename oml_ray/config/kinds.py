@@ -95,7 +95,7 @@ def _unused_by(config: TrainConfig | EmbedConfig | EvaluateConfig | SearchConfig
 
 
 def _is_given(config: nodes.Node, key: str) -> bool:
-    """Whether a file or an override sets a key, or one below it."""
+    """Return whether a file or an override sets a key, or one below it."""
     node: object = config
     for part in key.split("."):
         if not isinstance(node, nodes.Node) or part not in node.model_fields_set:

@@ -41,7 +41,7 @@ class TrainConfig(Node):
     scaling: nodes.Scaling = nodes.Scaling()
     """Processes and resources; does not change the mathematics."""
     storage: nodes.Storage = nodes.Storage()
-    """How transient errors of storage are retried."""
+    """Retries of transient storage errors."""
     validation: nodes.Validation = nodes.Validation()
     """Judging during training."""
     evaluation: nodes.Evaluation = nodes.Evaluation()
@@ -200,7 +200,7 @@ class EmbedConfig(Node):
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
     storage: nodes.Storage = nodes.Storage()
-    """How transient errors of storage are retried."""
+    """Retries of transient storage errors."""
 
 
 class EvaluateConfig(Node):
@@ -219,7 +219,7 @@ class EvaluateConfig(Node):
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
     storage: nodes.Storage = nodes.Storage()
-    """How transient errors of storage are retried."""
+    """Retries of transient storage errors."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -269,7 +269,7 @@ class SearchConfig(Node):
     scaling: nodes.Scaling = nodes.Scaling()
     """Resources: its `use_gpu`, `gpu` and `data_cpus`."""
     storage: nodes.Storage = nodes.Storage()
-    """How transient errors of storage are retried."""
+    """Retries of transient storage errors."""
 
     @model_validator(mode="after")
     def _is_not_reranked(self) -> Self:

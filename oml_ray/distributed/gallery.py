@@ -70,7 +70,7 @@ class Call:
 
     reference: Any
     work: str
-    """What it does, for the message of its failure."""
+    """Work of the call, for the message of its failure."""
 
     def get(self) -> Any:
         """Wait for what the call returns.

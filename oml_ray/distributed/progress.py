@@ -85,7 +85,7 @@ class Interval:
         self._is_terminal, self._since = is_terminal, monotonic()
 
     def is_due(self) -> bool:
-        """Whether an interval has passed; if so, the next one begins."""
+        """Return whether an interval has passed; if so, the next one begins."""
         now = monotonic()
         if self._is_terminal or now - self._since < LINE_EVERY_S:
             return False

@@ -151,7 +151,7 @@ def changes(config: Config, may_differ: Iterable[str] = MAY_DIFFER) -> list[str]
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run of this config has its metrics, and is not to be trained for more epochs; says so."""
+    """Return whether the run of this config has its metrics, and is not to be trained for more epochs; says so."""
     uri = join(config.run.storage, config.run.name)
     if config.run.resume == "never" or not exists(join(uri, METRICS)) or _is_to_be_trained(config):
         return False
@@ -160,7 +160,7 @@ def is_finished(config: Config) -> bool:
 
 
 def _is_to_be_trained(config: Config) -> bool:
-    """Whether the last checkpoint of a training lies before its end."""
+    """Return whether the last checkpoint of a training lies before its end."""
     if not isinstance(config, TrainConfig):
         return False
     done = resume.epochs_done(join(config.run.storage, config.run.name))

@@ -212,14 +212,14 @@ def _timm_backbone(
 
 
 def _hub_of(cfg: Any) -> str:
-    """Where timm gets the weights of a network from."""
+    """Return the place that timm gets the weights of a network from."""
     if cfg is None or (cfg.hf_hub_id is None and not cfg.url):
         return "the model hub"
     return f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
 
 
 def _is_cached(cfg: Any) -> bool:
-    """Whether timm finds the weights of a network on this machine."""
+    """Return whether timm finds the weights of a network on this machine."""
     if cfg is None:
         return False
     if cfg.hf_hub_id:

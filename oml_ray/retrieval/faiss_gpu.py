@@ -28,7 +28,7 @@ PARAMETERS = ("use_precomputed_table", "verbose")
 
 
 def has_gpu_build() -> bool:
-    """Whether the installed FAISS was built for GPUs, such as by the package faiss-gpu."""
+    """Return whether the installed FAISS was built for GPUs, such as by the package faiss-gpu."""
     return "GPU" in faiss.get_compile_options().split()
 
 

@@ -85,7 +85,7 @@ def build_optimizer(
 
 
 def keeps_state(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether an optimizer goes on with the state (moments, step counts) of another.
+    """Return whether an optimizer goes on with the state (moments, step counts) of another.
 
     Rates may differ; name, options and what decides on the parameter groups may not.
 

@@ -64,7 +64,7 @@ class Updates:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether any parameter of the optimizer learns now; a sharded head, which moves itself, aside."""
+        """Return whether any parameter of the optimizer learns now; a sharded head, which moves itself, aside."""
         return any(parameter.requires_grad for parameter in self.learner.parameters())
 
     def begin(self, step: int) -> None:

@@ -144,7 +144,7 @@ class Scaling(Node):
     use_gpu: bool = False
     """Run training, embedding and gallery search on GPUs: the short form of `gpu`."""
     gpu: StageGpus = StageGpus()
-    """Which stages run on GPUs, e.g. {gallery: false} where the gallery lies on nodes without GPUs."""
+    """Stages that run on GPUs, e.g. {gallery: false} where the gallery lies on nodes without GPUs."""
     cpus_per_worker: Positive = 1
     """CPUs (and compute threads) of a worker."""
     data_cpus: Positive = 1
@@ -174,7 +174,7 @@ class Scaling(Node):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     def uses_gpu(self, stage: Stage) -> bool:
-        """Whether the processes of a stage run on GPUs."""
+        """Return whether the processes of a stage run on GPUs."""
         switch: bool | None = getattr(self.gpu, stage)
         return self.use_gpu if switch is None else switch
 

@@ -45,7 +45,7 @@ class DriverLog:
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the log is in no run."""
+        """Return whether the log is in no run."""
         return self._run is None
 
     def move_to(self, run: RunDirectory) -> None:
@@ -84,7 +84,7 @@ class DriverLog:
                     log.write(f"# end of {file}\n{end}\n")
 
     def has_text(self) -> bool:
-        """Whether something was written."""
+        """Return whether something was written."""
         return self.path.exists() and self.path.stat().st_size > self._text_starts
 
     def close(self) -> None:

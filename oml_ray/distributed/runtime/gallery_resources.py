@@ -36,7 +36,7 @@ def shard_group(gallery: nodes.Gallery, placement: nodes.Placement, *, gpus: flo
 
 
 def uses_gpu(gallery: nodes.Gallery, scaling: nodes.Scaling) -> bool:
-    """Whether a gallery's shards run on GPUs: the config asks for it, and its index has a GPU form."""
+    """Return whether a gallery's shards run on GPUs: the config asks for it, and its index has a GPU form."""
     return scaling.uses_gpu("gallery") and cpu_reason(gallery) is None
 
 

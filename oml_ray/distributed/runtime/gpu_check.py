@@ -32,7 +32,7 @@ _checked: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class GpuReport:
-    """What PyTorch says of the first GPU that a process sees."""
+    """Description by PyTorch of the first GPU that a process sees."""
 
     host: str
     driver: str

@@ -214,7 +214,7 @@ def provide_token() -> None:
 
 
 def _has_home() -> bool:
-    """Whether Ray can read or create its token in the home of the user."""
+    """Return whether Ray can read or create its token in the home of the user."""
     if not os.environ.get("HOME"):
         return False
     token = Path(os.environ["HOME"], ".ray", "auth_token")

@@ -93,7 +93,7 @@ class WandbTracker:
             opened.log({**values, f"{kind}/{STEP}": step})  # what it raises, as when its process died, ends here
 
     def _sent(self, seconds: float) -> bool:
-        """Whether all points are with W&B's process, waiting for those under way."""
+        """Return whether all points are with W&B's process, waiting for those under way."""
         return not self._pending or not wait([self._pending[-1]], seconds).not_done
 
     def settle(self) -> None:
